@@ -1,0 +1,55 @@
+# make demo    train a network on handwritten digits, with neocog's own kernels
+# make test    the whole test suite
+# make check   what to run before every commit: lint, format, types, fast tests
+# make bench   how near the kernels come to the machine's peak
+# make install only the set-up, which all of the above do by themselves
+#
+# PYTHON=/path/to/python3.12 picks the interpreter; it has to be 3.11 or newer.
+# PYTEST_ARGS="-k pool" is handed to pytest.
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# The first interpreter on the path that is new enough; looked for only when .venv has to be made.
+CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
+IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(p))))
+
+# One worker a core; the kernels' own threads would only get in each other's way.
+PYTEST_ARGS ?=
+WORKERS ?= 2
+
+.PHONY: install demo test check bench clean
+
+install: $(INSTALLED)
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { \
+	  echo "neocog needs Python 3.11 or newer; found none of: $(CANDIDATES)." >&2; \
+	  echo "Install one, or name it: make $(or $(MAKECMDGOALS),install) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c '$(IS_NEW_ENOUGH)' || { \
+	  echo "neocog needs Python 3.11 or newer; $(PYTHON) is $$("$(PYTHON)" --version 2>&1)." >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: install
+	$(BIN)/neocog train
+
+test: install
+	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
+
+bench: install
+	$(BIN)/neocog bench --blocks
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""neocog: convolution and pooling layers for PyTorch, compiled for each layer."""

@@ -1,0 +1,167 @@
+"""How ``neocog summary`` looks: a table of layers, one of size formulas and one of weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from ..layers import LayerInfo, Stage, size_text
+from ..problem import Conv, Pool
+from ..sight import Beyond, Field
+
+_LISTED = 4  # indices of unreached rows or columns before the rest is only counted
+
+
+def summary_view(
+    layers: Sequence[LayerInfo], in_shape: Sequence[int], all_parameters: int
+) -> RenderableType:
+    """Everything ``neocog summary`` prints below its headline.
+
+    ``all_parameters`` counts the model's own, those outside of the listed layers included.
+    """
+    parts = [_layers(layers, in_shape), *_notes(_layer_notes(layers))]
+    if any(stage.problem for info in layers for stage in info.stages):
+        parts += [_sizes(layers), *_notes(_SIZE_NOTES)]
+    parts += [_weights(layers), *_notes(_weight_notes(layers, all_parameters))]
+    return Group(*parts)
+
+
+def _layers(layers: Sequence[LayerInfo], in_shape: Sequence[int]) -> Table:
+    table = _table("layers")
+    table.add_column("#", justify="right", style="cyan")
+    table.add_column("name", overflow="fold")
+    table.add_column("what it does")
+    table.add_column("output", justify="right", no_wrap=True, style="bold")
+    table.add_column("sees", justify="right", no_wrap=True)
+    table.add_column("jump", justify="right", no_wrap=True)
+    table.add_row("", "", Text("the input", style="dim"), Text(size_text(in_shape), style="dim"))
+    for info in layers:
+        for place, stage in enumerate(info.stages):
+            index, name = (str(info.index), info.name) if place == 0 else ("", "")
+            what = stage.what if place == 0 else f"+ {stage.what}"
+            output = size_text(stage.out_shape)
+            table.add_row(index, Text(name), Text(what), output, *_sight_cells(stage))
+    return table
+
+
+def _sight_cells(stage: Stage) -> tuple[str, str]:
+    sight = stage.sight
+    if isinstance(sight, Field):
+        rows, cols = sight.rows, sight.cols
+        jump = f"{rows.jump}" if rows.jump == cols.jump else f"{rows.jump}x{cols.jump}"
+        return f"{rows.size}x{cols.size}", jump
+    return {Beyond.ALL: ("all", ""), Beyond.FLAT: ("", ""), Beyond.UNKNOWN: ("?", "?")}[sight]
+
+
+def _layer_notes(layers: Sequence[LayerInfo]) -> list[str]:
+    notes = ["sees: the window of the input behind one output; jump: on to the next one's"]
+    if any(stage.sight is Beyond.UNKNOWN for info in layers for stage in info.stages):
+        notes.append("?: cannot be told from what happens between the input and this layer")
+    return notes
+
+
+_SIZE_NOTES = ["I input size, D dilation, K kernel size, S stride, low and high padding"]
+
+
+def _sizes(layers: Sequence[LayerInfo]) -> Table:
+    table = _table("output sizes")
+    table.add_column("#", justify="right", style="cyan")
+    table.add_column("")
+    table.add_column("floor((I - D*(K-1) - 1 + low + high)/S) + 1")
+    for info in layers:
+        for stage in info.stages:
+            for axis, line in size_lines(stage):
+                table.add_row(str(info.index), axis, Text(line))
+    return table
+
+
+def size_lines(stage: Stage) -> list[tuple[str, str]]:
+    """The formulas of a stage with their numbers by axis, and what no window reaches."""
+    formulas, name = stage.formulas(), stage.what.split(",")[0]
+    lines = [(name, formulas[0])] if len(formulas) == 1 else []
+    if len(formulas) == 2:
+        lines = [(f"{name}, height", formulas[0]), (f"{name}, width", formulas[1])]
+    missed = [
+        _indices(axis, indices)
+        for axis, indices in zip(("row", "column"), stage.unused(), strict=True)
+        if indices
+    ]
+    return [*lines, ("", f"no window reaches {' and '.join(missed)}")] if missed else lines
+
+
+def _indices(axis: str, indices: tuple[int, ...]) -> str:
+    shown = ", ".join(str(index) for index in indices[:_LISTED])
+    more = f" and {len(indices) - _LISTED} more" if len(indices) > _LISTED else ""
+    return f"{axis}{'s' if len(indices) > 1 else ''} {shown}{more}"
+
+
+def _weights(layers: Sequence[LayerInfo]) -> Table:
+    table = _table("weights")
+    table.add_column("#", justify="right", style="cyan")
+    table.add_column("weights")
+    table.add_column("biases", justify="right", no_wrap=True)
+    table.add_column("if fully connected:\nweights + biases", justify="right")
+    table.add_column("multiply-\nadds", justify="right", no_wrap=True)
+    for info in layers:
+        for stage in info.stages:
+            table.add_row(str(info.index), *_weight_cells(info, stage))
+    table.add_section()
+    weights, biases = sum(info.weights for info in layers), sum(info.biases for info in layers)
+    work = sum(info.multiply_adds or 0 for info in layers)
+    table.add_row("", f"{weights:,} in all", f"{biases:,}", "", f"{work:,}", style="bold")
+    return table
+
+
+def _weight_cells(info: LayerInfo, stage: Stage) -> tuple[str | Text, str, str, str]:
+    problem = stage.problem
+    if isinstance(problem, Pool):
+        kept = f"no weights, {problem.channels} channels kept"
+        return Text(kept, style="dim"), "", "", ""
+    work = "?" if info.multiply_adds is None else f"{info.multiply_adds:,}"
+    if info.shared_with is not None and isinstance(problem, Conv):
+        return Text(f"those of layer {info.shared_with}", style="dim"), "", "", work
+    if isinstance(problem, Conv):
+        kernels, *each = problem.weight_shape
+        weights = f"{kernels} kernel{'s' if kernels > 1 else ''} of {size_text(each)}"
+        dense = f"{info.dense_weights:,} + {info.dense_biases:,}"
+        return f"{weights} = {info.weights:,}", f"{info.biases:,}", dense, work
+    if info.weights == info.biases == 0:
+        return Text("none", style="dim"), "", "", "" if work == "0" else work
+    if info.features is not None:
+        inputs, outputs = info.features
+        return f"{inputs} x {outputs} = {info.weights:,}", f"{info.biases:,}", "", work
+    return f"{info.weights:,}", f"{info.biases:,}", "", work
+
+
+def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int) -> list[str]:
+    notes = []
+    if any(isinstance(info.stages[0].problem, Conv) for info in layers):
+        notes.append("a kernel: input channels x height x width, one for each output channel")
+        notes.append(
+            "fully connected: every input to every output of the convolution, C*H*W*K*OH*OW"
+        )
+    outside = all_parameters - sum(info.weights + info.biases for info in layers)
+    if outside:
+        notes.append(f"{outside:,} more parameters belong to no layer that this input passes")
+    return notes
+
+
+def _notes(notes: Sequence[str]) -> list[RenderableType]:
+    return [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes] + [Text()]
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        header_style="dim",
+    )

@@ -1,0 +1,228 @@
+"""Copies between layouts: what stands before and behind the arithmetic.
+
+- ``pack``: an activation in either of PyTorch's layouts into the internal one, NHWC with a halo of
+  zeros, row by row.
+- ``transpose``: rows of NHWC into NCHW planes.
+- ``border``: the halo of a buffer whose interior another kernel writes.
+- ``pack_weights`` / ``unpack_weights``: a weight tensor of any strides into the order the direct
+  kernel reads, [block][tap][input channel][NB x lanes], and the gradient back out of it.
+"""
+
+from __future__ import annotations
+
+from llvmlite import ir
+
+from ..target import Target
+from .lanes import I64, PTR, Emitter, Int
+from .runtime import Kernel, compile_kernel
+
+PACK = (
+    "x*", "x_image", "x_row", "x_channel",
+    "out*", "out_image", "out_row",
+    "height", "width", "channels", "top", "left", "padded_height", "right",
+)  # fmt: skip
+
+
+def pack(target: Target, transpose: bool) -> Kernel:
+    """Items: N x padded rows. ``transpose``: the source is NCHW, else NHWC."""
+    e = Emitter(target, "pack_nchw" if transpose else "pack_nhwc")
+    tile = _transpose_function(e) if transpose else None
+    with e.kernel(PACK) as (f, begin, end, _):
+
+        def item(number: ir.Value) -> None:
+            n, row = e.divmod(number, f.padded_height)
+            to = e.at(f.out, e.add(e.mul(n, f.out_image), e.mul(row, f.out_row)))
+            y = e.sub(row, f.top)
+            source = e.at(f.x, e.add(e.mul(n, f.x_image), e.mul(y, f.x_row)))
+            inside = e.b.and_(e.less(-1, y), e.less(y, f.height))
+            left, middle = e.mul(f.left, f.channels), e.mul(f.width, f.channels)
+
+            def interior() -> None:
+                e.zero_fill(to, left)
+                start = e.at(to, left)
+                if tile is None:
+                    e.copy(start, source, middle)
+                else:
+                    args = [source, f.x_channel, start, f.channels, f.channels, f.width]
+                    e.b.call(tile, args)
+                e.zero_fill(e.at(start, middle), e.mul(f.right, f.channels))
+
+            margins = e.mul(e.add(e.add(f.left, f.width), f.right), f.channels)
+            e.choose(inside, interior, lambda: e.zero_fill(to, margins))
+
+        e.loop(begin, end, item)
+    return compile_kernel(e, PACK)
+
+
+TRANSPOSE = (
+    "x*", "x_image", "x_row", "out*", "out_image", "out_row", "out_channel",
+    "height", "width", "channels",
+)  # fmt: skip
+
+
+def transpose(target: Target) -> Kernel:
+    """NHWC rows to NCHW planes; items: N x H."""
+    e = Emitter(target, "transpose")
+    tile = _transpose_function(e)
+    with e.kernel(TRANSPOSE) as (f, begin, end, _):
+
+        def item(number: ir.Value) -> None:
+            n, y = e.divmod(number, f.height)
+            source = e.at(f.x, e.add(e.mul(n, f.x_image), e.mul(y, f.x_row)))
+            to = e.at(f.out, e.add(e.mul(n, f.out_image), e.mul(y, f.out_row)))
+            e.b.call(tile, [source, f.channels, to, f.out_channel, f.width, f.channels])
+
+        e.loop(begin, end, item)
+    return compile_kernel(e, TRANSPOSE)
+
+
+def _transpose_function(e: Emitter) -> ir.Function:
+    """(source, source stride, to, to stride, rows, columns): to[c][r] = source[r][c]."""
+    with e.function("transpose_matrix", [PTR, I64, PTR, I64, I64, I64]) as (fn, args):
+        source, source_stride, to, to_stride, rows, columns = args
+
+        def row_tile(r: Int) -> None:
+            def column_tile(c: Int) -> None:
+                _transpose_tile(
+                    e,
+                    e.at(source, e.add(e.mul(r, source_stride), c)),
+                    source_stride,
+                    e.at(to, e.add(e.mul(c, to_stride), r)),
+                    to_stride,
+                    e.sub(rows, r),
+                    e.sub(columns, c),
+                )
+
+            e.loop(0, columns, column_tile, step=e.lanes)
+
+        e.loop(0, rows, row_tile, step=e.lanes)
+    return fn
+
+
+def _transpose_tile(e: Emitter, source, source_stride, to, to_stride, rows, columns) -> None:
+    """One square of lanes x lanes, its rows and columns beyond the given counts masked off."""
+    vectors = []
+    for r in range(e.lanes):
+        # min(columns, 0) where the row is outside: an all-false mask touches no memory.
+        valid = e.b.select(e.less(r, rows), columns, I64(0))
+        vectors.append(e.vload(source, e.mul(source_stride, r), e.lane_mask(valid)))
+    for c, vector in enumerate(transposed(e, vectors)):
+        valid = e.b.select(e.less(c, columns), rows, I64(0))
+        e.vstore(vector, to, e.mul(to_stride, c), e.lane_mask(valid))
+
+
+def transposed(e: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
+    """The transpose of a square of registers: log2(lanes) rounds of exchanging halves.
+
+    Round h exchanges, between rows r and r + h (bit h of r clear), the elements whose column has
+    bit h set in r with those that have it clear in r + h.
+    """
+    lanes, h = e.lanes, 1
+    vectors = list(vectors)
+    index = ir.VectorType(ir.IntType(32), lanes)
+    while h < lanes:
+        low = ir.Constant(index, [c if not c & h else lanes + c - h for c in range(lanes)])
+        high = ir.Constant(index, [c + h if not c & h else lanes + c for c in range(lanes)])
+        for r in range(lanes):
+            if not r & h:
+                a, b = vectors[r], vectors[r + h]
+                vectors[r] = e.b.shuffle_vector(a, b, low)
+                vectors[r + h] = e.b.shuffle_vector(a, b, high)
+        h *= 2
+    return vectors
+
+
+BORDER = (
+    "out*", "out_image", "out_row", "height", "top", "bottom", "left", "right", "width_elements"
+)  # fmt: skip
+
+
+def border(target: Target) -> Kernel:
+    """Zero the halo around ``height`` rows of ``width_elements``; margins in elements.
+
+    ``out`` is the buffer's first element, the halo's corner. Items: N.
+    """
+    e = Emitter(target, "border")
+    with e.kernel(BORDER) as (f, begin, end, _):
+
+        def item(n: ir.Value) -> None:
+            image = e.at(f.out, e.mul(n, f.out_image))
+            e.zero_fill(image, e.mul(f.top, f.out_row))
+
+            def row(y: ir.Value) -> None:
+                start = e.at(image, e.mul(e.add(y, f.top), f.out_row))
+                e.zero_fill(start, f.left)
+                e.zero_fill(e.at(start, e.add(f.left, f.width_elements)), f.right)
+
+            e.loop(0, f.height, row)
+            below = e.mul(e.add(f.top, f.height), f.out_row)
+            e.zero_fill(e.at(image, below), e.mul(f.bottom, f.out_row))
+
+        e.loop(begin, end, item)
+    return compile_kernel(e, BORDER)
+
+
+WEIGHTS = (
+    "w*", "w_out", "w_in", "group_step", "packed*", "chunks", "chunk_step",
+    "taps*", "n_taps", "channels", "out_channels", "blocks_per_group",
+)  # fmt: skip
+
+
+def pack_weights(target: Target, blocks: int) -> Kernel:
+    """Weights into [block][tap][channel][NB x lanes], zeros beyond the last output channel.
+
+    ``w_out``, ``w_in``, ``group_step``: strides of ``w``; ``taps``: the offset of each tap in it.
+    Items: groups x blocks per group. (``chunks`` and ``chunk_step`` are for the way back.)
+    """
+    e = Emitter(target, f"pack_weights_{blocks}")
+    with e.kernel(WEIGHTS) as (f, begin, end, _):
+
+        def vector(where: ir.Value, packed: ir.Value, mask: ir.Value) -> None:
+            e.vstore(e.gather(where, f.w_out, mask), packed)
+
+        _each_weight_vector(e, f, begin, end, blocks, vector)
+    return compile_kernel(e, WEIGHTS)
+
+
+def unpack_weights(target: Target, blocks: int) -> Kernel:
+    """The way back: ``w`` = the sum over ``chunks`` partial results, in order. Items as above."""
+    e = Emitter(target, f"unpack_weights_{blocks}")
+    with e.kernel(WEIGHTS) as (f, begin, end, _):
+
+        def vector(where: ir.Value, packed: ir.Value, mask: ir.Value) -> None:
+            def add(chunk: Int, total: ir.Value) -> list[ir.Value]:
+                return [e.b.fadd(total, e.vload(packed, e.mul(chunk, f.chunk_step)))]
+
+            (total,) = e.loop(1, f.chunks, add, [e.vload(packed)])
+            e.scatter(total, where, f.w_out, mask)
+
+        _each_weight_vector(e, f, begin, end, blocks, vector)
+    return compile_kernel(e, WEIGHTS)
+
+
+def _each_weight_vector(e: Emitter, f, begin, end, blocks: int, visit) -> None:
+    width = blocks * e.lanes
+
+    def item(number: ir.Value) -> None:
+        group, block = e.divmod(number, f.blocks_per_group)
+        first = e.mul(block, width)
+        start = e.at(f.w, e.add(e.mul(group, f.group_step), e.mul(first, f.w_out)))
+        rows = e.mul(f.n_taps, f.channels)
+        to = e.at(f.packed, e.mul(number, e.mul(rows, width)))
+
+        def tap(t: Int) -> None:
+            at_tap = e.at(start, e.load(I64, f.taps, t))
+
+            def channel(c: Int) -> None:
+                where = e.at(at_tap, e.mul(c, f.w_in))
+                packed = e.at(to, e.mul(e.add(e.mul(t, f.channels), c), width))
+                for j in range(blocks):
+                    offset = j * e.lanes
+                    mask = e.lane_mask(e.sub(f.out_channels, e.add(first, offset)))
+                    visit(e.at(where, e.mul(f.w_out, offset)), e.at(packed, offset), mask)
+
+            e.loop(0, f.channels, channel)
+
+        e.loop(0, f.n_taps, tap)
+
+    e.loop(begin, end, item)

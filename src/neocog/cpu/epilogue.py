@@ -1,0 +1,118 @@
+"""What is done to accumulators before they are stored: one row per activation, one per step.
+
+Steps act in the order of the problem's epilogue tuple. A pool is not a pointwise step: it reads
+what these wrote (:mod:`neocog.cpu.pool`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+
+from llvmlite import ir
+
+from ..errors import Unsupported
+from ..steps import Act, Add, Affine, Bias, Pooling, Step
+from .lanes import Emitter
+
+Value = ir.Value
+
+
+def _relu(e: Emitter, v: Value, slope: float) -> Value:
+    # "less" is false for NaN, which therefore passes, as in torch.
+    return e.b.select(e.b.fcmp_ordered("<", v, e.zero), e.zero, v)
+
+
+def _relu_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    return e.b.select(e.b.fcmp_ordered("<=", out, e.zero), e.zero, grad)
+
+
+def _leaky_relu(e: Emitter, v: Value, slope: float) -> Value:
+    return e.b.select(e.b.fcmp_ordered(">", v, e.zero), v, e.b.fmul(v, e.constant(slope)))
+
+
+def _leaky_relu_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    scaled = e.b.fmul(grad, e.constant(slope))
+    return e.b.select(e.b.fcmp_ordered(">", out, e.zero), grad, scaled)
+
+
+ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+    "identity": (lambda e, v, slope: v, lambda e, out, grad, slope: grad),
+    "relu": (_relu, _relu_gradient),
+    "leaky_relu": (_leaky_relu, _leaky_relu_gradient),
+}
+"""name -> (value(e, v, slope), gradient(e, result, grad, slope)); as in neocog.activations."""
+
+
+def activate(e: Emitter, act: Act, v: Value) -> Value:
+    """The activation of one vector."""
+    return ACTIVATIONS[act.name][0](e, v, act.slope)
+
+
+def activation_gradient(e: Emitter, act: Act, out: Value, grad: Value) -> Value:
+    """``grad`` times the derivative, told from the activation's result."""
+    return ACTIVATIONS[act.name][1](e, out, grad, act.slope)
+
+
+def activation_of(epilogue: Sequence[Step]) -> Act:
+    """The epilogue's activation, or the identity."""
+    return next((s for s in epilogue if isinstance(s, Act)), Act("identity"))
+
+
+def pooling_of(epilogue: Sequence[Step]) -> Pooling | None:
+    """The epilogue's pool."""
+    return next((s for s in epilogue if isinstance(s, Pooling)), None)
+
+
+def check_supported(epilogue: Sequence[Step]) -> None:
+    """Unsupported for what the kernels do not cover."""
+    for step in epilogue:
+        if isinstance(step, Act) and step.name not in ACTIVATIONS:
+            raise Unsupported(f"activation {step.name}: no kernel yet")
+        if isinstance(step, Act) and step.slope < 0:
+            raise Unsupported(
+                f"{step}: a negative slope; the result does not tell the sign of its input"
+            )
+
+
+def parameters(epilogue: Sequence[Step]) -> tuple[str, ...]:
+    """The per-channel parameters the steps read, in order."""
+    names = {Bias: ("bias",), Affine: ("scale", "shift")}
+    return tuple(n for step in epilogue for n in names.get(type(step), ()))
+
+
+def adds_residual(epilogue: Sequence[Step]) -> bool:
+    """Whether a step adds a residual."""
+    return any(isinstance(step, Add) for step in epilogue)
+
+
+def finish(
+    e: Emitter,
+    epilogue: Sequence[Step],
+    accumulators: list[Value],
+    per_channel: dict[str, Value],
+    residual: Callable[[int], Value] | None,
+) -> list[Value]:
+    """All pointwise steps on the accumulators of one vector of channels.
+
+    ``per_channel`` holds the loaded parameter vectors, ``residual(i)`` loads that of pixel i.
+    """
+    steps: dict[type, Callable[[Step, int, Value], Value]] = {
+        Bias: lambda step, i, v: e.b.fadd(v, per_channel["bias"]),
+        Affine: lambda step, i, v: e.fma(v, per_channel["scale"], per_channel["shift"]),
+        Add: lambda step, i, v: e.b.fadd(v, residual(i)),
+        Act: lambda step, i, v: activate(e, step, v),
+    }
+    for step in epilogue:
+        if not isinstance(step, Pooling):
+            accumulators = [steps[type(step)](step, i, v) for i, v in enumerate(accumulators)]
+    return accumulators
+
+
+def load_parameters(
+    e: Emitter, epilogue: Sequence[Step], pointers: SimpleNamespace, offset: int, mask
+) -> dict[str, Value]:
+    """The parameter vectors of the channels from ``offset`` on."""
+    return {
+        name: e.vload(getattr(pointers, name), offset, mask) for name in parameters(epilogue)
+    }

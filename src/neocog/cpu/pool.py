@@ -1,0 +1,293 @@
+"""Pooling: windows over one map, reduced without weights, channels in the lanes.
+
+:func:`pool_row` reduces one row of windows. It serves the pooling layer, whose source is a map in
+memory, and the direct convolution's epilogue, whose source is a ring of rows just computed.
+Padding never exists in memory: windows are clipped to the map, as PyTorch defines both pools.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from llvmlite import ir
+
+from ..geometry import Window
+from ..steps import Pooling
+from ..target import Target
+from .lanes import F32, I8, I32, Emitter, Int
+from .runtime import Kernel, compile_kernel
+
+UNROLLED_TAPS = 16
+"""Windows of up to this many taps get straight code where no border clips them."""
+
+
+class _Max:
+    """The greatest value and which tap held it; the first of equals, a NaN before all (torch)."""
+
+    def __init__(self, pool: Pooling, winners: bool):
+        self.winners = winners
+
+    def init(self, e: Emitter, first_tap: Int) -> list[ir.Value]:
+        code = e.splat(e.b.trunc(e.i(first_tap), I32))
+        return [e.constant(float("-inf"))] + ([code] if self.winners else [])
+
+    def combine(self, e: Emitter, state, value: ir.Value, code: Int) -> list[ir.Value]:
+        greater = e.b.fcmp_ordered(">", value, state[0])
+        better = e.b.or_(greater, e.b.fcmp_unordered("uno", value, value))
+        result = [e.b.select(better, value, state[0])]
+        if self.winners:
+            tap = e.splat(e.b.trunc(e.i(code), I32))
+            result.append(e.b.select(better, tap, state[1]))
+        return result
+
+    def finish(self, e: Emitter, state, divisor: ir.Value) -> ir.Value:
+        return state[0]
+
+
+class _Mean:
+    """The sum over the taps inside the map, divided once."""
+
+    winners = False
+
+    def __init__(self, pool: Pooling, winners: bool):
+        pass
+
+    def init(self, e: Emitter, first_tap: Int) -> list[ir.Value]:
+        return [e.zero]
+
+    def combine(self, e: Emitter, state, value: ir.Value, code: Int) -> list[ir.Value]:
+        return [e.b.fadd(state[0], value)]
+
+    def finish(self, e: Emitter, state, divisor: ir.Value) -> ir.Value:
+        return e.b.fdiv(state[0], e.splat(divisor))
+
+
+REDUCTIONS = {"max": _Max, "mean": _Mean}
+"""As in neocog.reductions, in IR: the only other place to touch for a new pooling kind."""
+
+
+@dataclass
+class Source:
+    """A map to pool: ``row(y)`` is the address of row y, pixels ``pixel`` elements apart."""
+
+    row: Callable[[Int], ir.Value]
+    pixel: Int
+    height: Int
+    width: Int
+
+
+@dataclass
+class Sink:
+    """Where a row of results goes; ``winners`` (bytes or i32) only if they are wanted."""
+
+    out: ir.Value
+    out_pixel: Int
+    winners: ir.Value | None = None
+    winners_pixel: Int = 0
+
+
+@dataclass
+class Bounds:
+    """One axis of one window clipped to the map: taps ``low <= k < high``; all of them: ``full``."""
+
+    start: Int
+    low: ir.Value
+    high: ir.Value
+    full: ir.Value
+    padded: ir.Value
+    """Taps on the map or its padding: what an average with ``count_include_pad`` divides by."""
+
+
+def bounds(e: Emitter, window: Window, start: Int, n: Int) -> Bounds:
+    """The window that starts at position ``start`` of an axis of ``n`` inputs."""
+
+    def taps_below(position: Int) -> ir.Value:
+        # The number of k >= 0 with start + k*dilation < position, at most the kernel size.
+        reach = e.max(e.sub(position, start), 0)
+        return e.min(e.divmod(e.add(reach, window.dilation - 1), window.dilation)[0], window.size)
+
+    low, high = taps_below(0), taps_below(n)
+    full = e.b.and_(e.equal(low, 0), e.equal(high, window.size))
+    return Bounds(start, low, high, full, taps_below(e.add(n, window.high)))
+
+
+def each_tap(
+    e: Emitter,
+    pool: Pooling,
+    rows: Bounds,
+    cols: Bounds,
+    carry: Sequence[ir.Value],
+    visit: Callable[..., Sequence[ir.Value]],
+) -> list[ir.Value]:
+    """``carry = visit(kh, kw, *carry)`` for every tap inside the map, in row-major order."""
+    height, width = pool.rows.size, pool.cols.size
+
+    def straight() -> list[ir.Value]:
+        state = list(carry)
+        for kh in range(height):
+            for kw in range(width):
+                state = list(visit(kh, kw, *state) or ())
+        return state
+
+    def clipped() -> list[ir.Value]:
+        def row(kh: Int, *state: ir.Value) -> list[ir.Value]:
+            return e.loop(cols.low, cols.high, lambda kw, *s: visit(kh, kw, *s), state)
+
+        return e.loop(rows.low, rows.high, row, carry)
+
+    if height * width > UNROLLED_TAPS:
+        return clipped()
+    return e.choose(e.b.and_(rows.full, cols.full), straight, clipped)
+
+
+def divisor(e: Emitter, pool: Pooling, rows: Bounds, cols: Bounds) -> ir.Value:
+    """What an average divides by, as float32."""
+    if pool.divisor_override is not None:
+        return ir.Constant(F32, float(pool.divisor_override))
+    if pool.count_include_pad:
+        # Padding below the map counts, also where ceil mode lets a window hang over its end.
+        count = e.mul(rows.padded, cols.padded)
+    else:
+        count = e.mul(e.sub(rows.high, rows.low), e.sub(cols.high, cols.low))
+    return e.b.sitofp(e.i(count), F32)
+
+
+def tap_code(e: Emitter, pool: Pooling, kh: Int, kw: Int) -> Int:
+    """The number of a tap within its window: kh * KW + kw."""
+    return e.add(e.mul(kh, pool.cols.size), kw)
+
+
+def winner_type(pool: Pooling) -> ir.IntType:
+    """One byte per winner where every tap number fits, else 32 bits."""
+    return I8 if pool.rows.size * pool.cols.size <= 256 else I32
+
+
+def load_winners(e: Emitter, pool: Pooling, where: ir.Value, mask: ir.Value | None) -> ir.Value:
+    """A vector of winners as i32; lanes outside ``mask`` read 0."""
+    kind = winner_type(pool)
+    values = ir.VectorType(kind, e.lanes)
+    if mask is None:
+        loaded = e.b.load(where, align=1, typ=values)
+    else:
+        loaded = e.load_masked(values, where, mask, 1, f"i{kind.width}")
+    return loaded if kind is I32 else e.b.zext(loaded, e.ints)
+
+
+def pool_row(
+    e: Emitter,
+    pool: Pooling,
+    source: Source,
+    sink: Sink,
+    top: Int,
+    count: Int,
+    vectors: int,
+    masks: Sequence[ir.Value | None],
+) -> None:
+    """``count`` windows whose first row stands at ``top``, on ``vectors`` vectors of channels."""
+    reduction = REDUCTIONS[pool.kind](pool, sink.winners is not None)
+    rows = bounds(e, pool.rows, top, source.height)
+
+    def window(o: ir.Value) -> None:
+        left = e.sub(e.mul(o, pool.cols.stride), pool.cols.low)
+        cols = bounds(e, pool.cols, left, source.width)
+
+        def visit(kh: Int, kw: Int, *states: ir.Value) -> list[ir.Value]:
+            y = e.add(top, e.mul(kh, pool.rows.dilation))
+            x = e.add(left, e.mul(kw, pool.cols.dilation))
+            where = e.at(source.row(y), e.mul(x, source.pixel))
+            code, size, result = tap_code(e, pool, kh, kw), len(states) // vectors, []
+            for j in range(vectors):
+                value = e.vload(where, j * e.lanes, masks[j])
+                result += reduction.combine(e, states[j * size : (j + 1) * size], value, code)
+            return result
+
+        first = tap_code(e, pool, rows.low, cols.low)
+        states = each_tap(e, pool, rows, cols, reduction.init(e, first) * vectors, visit)
+        size, by = len(states) // vectors, divisor(e, pool, rows, cols)
+        out = e.at(sink.out, e.mul(o, sink.out_pixel))
+        for j in range(vectors):
+            state = states[j * size : (j + 1) * size]
+            e.vstore(reduction.finish(e, state, by), out, j * e.lanes, masks[j])
+            if sink.winners is not None:
+                kind = winner_type(pool)
+                offset = e.mul(e.add(e.mul(o, sink.winners_pixel), j * e.lanes), kind.width // 8)
+                code = state[1] if kind is I32 else e.b.trunc(state[1], ir.VectorType(I8, e.lanes))
+                where = e.at_byte(sink.winners, offset)
+                e.store_masked(code, where, masks[j], 1, f"i{kind.width}")
+
+    e.loop(0, count, window)
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """Everything a pooling kernel is specialised on."""
+
+    target: Target
+    pool: Pooling
+    channels: int
+    winners: bool = False
+
+    @property
+    def name(self) -> str:
+        """A name for the listing."""
+        p = self.pool
+        return f"pool_{p.kind}{p.rows.size}x{p.cols.size}_c{self.channels}"
+
+
+POOL = (
+    "x*", "x_image", "x_row", "x_pixel", "height", "width",
+    "out*", "out_image", "out_row", "out_pixel", "rows", "cols",
+)  # fmt: skip
+VECTORS = 4
+"""Vectors of channels a window is reduced on at once."""
+
+
+def channel_blocks(e: Emitter, channels: int, visit: Callable) -> None:
+    """``visit(first channel, vectors, masks)`` over all channels, whole blocks in a loop."""
+    block = VECTORS * e.lanes
+    whole = channels - channels % block
+
+    def body(c: Int) -> None:
+        visit(c, VECTORS, [None] * VECTORS)
+
+    e.loop(0, whole, body, step=block)
+    rest = channels - whole
+    if rest:
+        vectors = -(-rest // e.lanes)
+        masks = [e.lane_mask(rest - j * e.lanes) for j in range(vectors)]
+        visit(whole, vectors, [None if rest >= (j + 1) * e.lanes else masks[j]
+                               for j in range(vectors)])  # fmt: skip
+
+
+def emit(plan: PoolPlan) -> Kernel:
+    """Compile a pooling layer. Items: images x pooled rows."""
+    e = Emitter(plan.target, "pool")
+    names = POOL + (("winners*", "winners_row", "winners_pixel") if plan.winners else ())
+    with e.kernel(names) as (f, begin, end, _):
+
+        def item(number: ir.Value) -> None:
+            image, row = e.divmod(number, f.rows)
+            x = e.at(f.x, e.mul(image, f.x_image))
+            out = e.at(f.out, e.add(e.mul(image, f.out_image), e.mul(row, f.out_row)))
+            top = e.sub(e.mul(row, plan.pool.rows.stride), plan.pool.rows.low)
+
+            def channels(first: Int, vectors: int, masks) -> None:
+                def source_row(y: Int) -> ir.Value:
+                    return e.at(x, e.add(e.mul(y, f.x_row), first))
+
+                sink = Sink(e.at(out, first), f.out_pixel)
+                if plan.winners:
+                    where = e.add(e.mul(number, f.winners_row), first)
+                    size = winner_type(plan.pool).width // 8
+                    sink.winners = e.at_byte(f.winners, e.mul(where, size))
+                    sink.winners_pixel = f.winners_pixel
+                source = Source(source_row, f.x_pixel, f.height, f.width)
+                pool_row(e, plan.pool, source, sink, top, f.cols, vectors, masks)
+
+            channel_blocks(e, plan.channels, channels)
+
+        e.loop(begin, end, item)
+    kernel = compile_kernel(e, names)
+    return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
+

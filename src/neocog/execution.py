@@ -1,0 +1,210 @@
+"""Tensors in, tensors out: checks a call by building its problem, then runs the program.
+
+Layouts follow PyTorch: a channels_last input or weight gives a channels_last output, anything else
+a contiguous one. Inputs that are neither are copied into a contiguous tensor first.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from . import compiler
+from .compiler import NCHW, NHWC
+from .cpu import pool as pool_kernels
+from .errors import InvalidProblem
+from .geometry import Window
+from .problem import Add, Bias, Block, Conv, Pool, Pooling, Step
+from .steps import read_step
+
+FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
+
+
+@functools.lru_cache(256)
+def parse_steps(text: str) -> tuple[Step, ...]:
+    """The epilogue that ``text`` spells: steps between bars, in order."""
+    return tuple(read_step(part.strip()) for part in text.split("|") if part.strip())
+
+
+def spell_steps(steps: Sequence[Step]) -> str:
+    """The way back of :func:`parse_steps`."""
+    return " | ".join(str(s) for s in steps)
+
+
+@functools.lru_cache(1024)
+def block_of(
+    x_shape: tuple[int, ...],
+    w_shape: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+    epilogue: str,
+) -> Block:
+    """The checked problem of a call; InvalidProblem if its shapes fit no convolution."""
+    top, bottom, left, right = padding
+    if len(x_shape) != 4 or len(w_shape) != 4:
+        raise InvalidProblem(
+            f"input and weight must have 4 dimensions, got shapes {x_shape} and {w_shape}"
+        )
+    batch, channels, height, width = x_shape
+    if groups >= 1 and channels != w_shape[1] * groups:
+        raise InvalidProblem(
+            f"input of shape {x_shape} has {channels} channels, but weight of shape {w_shape} "
+            f"with groups={groups} expects {w_shape[1]}*{groups} = {w_shape[1] * groups}"
+        )
+    rows = Window(w_shape[2], stride[0], dilation[0], top, bottom)
+    cols = Window(w_shape[3], stride[1], dilation[1], left, right)
+    conv = Conv(batch, channels, height, width, w_shape[0], rows, cols, groups)
+    return Block(conv, parse_steps(epilogue))
+
+
+@functools.lru_cache(1024)
+def pool_of(x_shape: tuple[int, ...], pooling: str) -> Pool:
+    """The checked problem of a pooling call."""
+    (step,) = parse_steps(pooling)
+    if len(x_shape) != 4:
+        raise InvalidProblem(f"input must have 3 or 4 dimensions, got shape {x_shape}")
+    return Pool.of(step, *x_shape)  # type: ignore[arg-type]
+
+
+def prefers_channels_last(t: Tensor) -> bool:
+    """Whether PyTorch would say that ``t`` suggests channels_last, by its strides."""
+    if t.dim() != 4 or t.stride(1) != 1 or not t.is_contiguous(memory_format=torch.channels_last):
+        return False
+    # [N, C, 1, 1] and [N, 1, H, W] are both: then the strides that sizes of 1 leave free decide.
+    return t.stride(3) == t.shape[1] or not t.is_contiguous()
+
+
+def output_layout(*tensors: Tensor) -> str:
+    """The layout of a result computed from these."""
+    return NHWC if any(prefers_channels_last(t) for t in tensors) else NCHW
+
+
+def _layout(t: Tensor) -> tuple[Tensor, str]:
+    """``t``, copied if need be, and the layout to read it in."""
+    if t.is_contiguous(memory_format=torch.channels_last):
+        return t, NHWC
+    return t.contiguous(), NCHW
+
+
+def _nhwc(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+
+
+def _check_parameters(block: Block, bias: Tensor | None, residual: Tensor | None) -> None:
+    if bias is not None and tuple(bias.shape) != (block.conv.out_channels,):
+        raise InvalidProblem(
+            f"bias must have shape ({block.conv.out_channels},), one value per output channel, "
+            f"got {tuple(bias.shape)}"
+        )
+    if residual is not None and tuple(residual.shape) != block.conv_shape:
+        raise InvalidProblem(
+            f"residual must have the convolution's output shape {block.conv_shape}, "
+            f"got {tuple(residual.shape)}"
+        )
+
+
+def check_devices(*tensors: Tensor | None) -> None:
+    """InvalidProblem unless all tensors are float32 on the CPU (kernels read raw memory)."""
+    for t in tensors:
+        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
+            raise InvalidProblem(
+                f"neocog's kernels take float32 on cpu, got {t.dtype} on {t.device}; "
+                "neocog.functional hands such tensors back to PyTorch"
+            )
+
+
+def winner_dtype(pooling: Pooling) -> torch.dtype:
+    """The element type of stored winners."""
+    return torch.uint8 if pool_kernels.winner_type(pooling).width == 8 else torch.int32
+
+
+def conv_block(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, block: Block, save: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(out, winners, before): the block's result and, with ``save``, what backward needs of it."""
+    check_devices(x, weight, bias, residual)
+    _check_parameters(block, bias, residual)
+    layout = output_layout(x, weight)
+    out = torch.empty(block.out_shape, memory_format=FORMATS[layout])
+    saved = {"winners": x.new_empty(0, dtype=torch.uint8), "before": x.new_empty(0)}
+    names = compiler.saved_names(block, save)
+    if "winners" in names:
+        saved["winners"] = _nhwc(block.out_shape, winner_dtype(block.pool.step))
+    if "before" in names:
+        saved["before"] = _nhwc(block.conv_shape)
+    x, x_layout = _layout(x)
+    program = compiler.forward(block, x_layout, weight.stride(), layout, save)
+    buffers = [x, weight]
+    for step in block.epilogue:
+        if isinstance(step, Bias):
+            buffers.append(bias.contiguous())
+    if residual is not None:
+        buffers.append(residual.contiguous(memory_format=torch.channels_last))
+    buffers += [out, *(saved[n] for n in names)]
+    program.run(*(t.data_ptr() for t in buffers))
+    return out, saved["winners"], saved["before"]
+
+
+def conv_block_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    result: Tensor | None,
+    winners: Tensor,
+    block: Block,
+    needs: tuple[str, ...],
+) -> dict[str, Tensor]:
+    """Gradients of the inputs named in ``needs`` (of x, w, bias, residual).
+
+    ``result``: the activation's result (see :func:`neocog.compiler.saved_names`).
+    """
+    check_devices(grad, x, weight)
+    grad, grad_layout = _layout(grad)
+    gx_layout = output_layout(x)
+    x, x_layout = _layout(x)
+    result, result_layout = (grad, NHWC) if result is None else _layout(result)
+    made = {
+        "x": lambda: torch.empty(block.in_shape, memory_format=FORMATS[gx_layout]),
+        "w": lambda: torch.empty(block.conv.weight_shape),
+        "bias": lambda: torch.empty(block.conv.out_channels),
+        "residual": lambda: _nhwc(block.conv_shape),
+    }
+    grads = {name: made[name]() for name in needs}
+    program = compiler.backward(
+        block, grad_layout, x_layout, weight.stride(), gx_layout, result_layout, needs
+    )
+    buffers = [grad, x, weight, result, winners, *grads.values()]
+    program.run(*(t.data_ptr() for t in buffers))
+    return grads
+
+
+def pool(x: Tensor, problem: Pool, save: bool) -> tuple[Tensor, Tensor]:
+    """(out, winners); winners are empty without ``save`` and for averages."""
+    check_devices(x)
+    layout = output_layout(x)
+    out = torch.empty(problem.out_shape, memory_format=FORMATS[layout])
+    winners = x.new_empty(0, dtype=torch.uint8)
+    keeps = save and problem.kind == "max"
+    if keeps:
+        winners = _nhwc(problem.out_shape, winner_dtype(problem.step))
+    x, x_layout = _layout(x)
+    program = compiler.pool_forward(problem, x_layout, layout, save)
+    buffers = [x, out, winners] if keeps else [x, out]
+    program.run(*(t.data_ptr() for t in buffers))
+    return out, winners
+
+
+def pool_backward(grad: Tensor, winners: Tensor, problem: Pool, channels_last: bool) -> Tensor:
+    """The gradient of a pooling layer's input."""
+    check_devices(grad)
+    layout = NHWC if channels_last else NCHW
+    gx = torch.empty(problem.in_shape, memory_format=FORMATS[layout])
+    grad, grad_layout = _layout(grad)
+    program = compiler.pool_backward_program(problem, grad_layout, layout)
+    program.run(grad.data_ptr(), winners.data_ptr(), gx.data_ptr())
+    return gx

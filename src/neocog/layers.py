@@ -1,0 +1,377 @@
+"""Walking a model: the layers an input passes, in the order it passes them, and what each one does.
+
+A layer is a module without children, or a fused block. Each is met through a forward hook while
+the model runs, so that branches, loops and any other Python in ``forward`` need no analysis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from . import nn as neocog_nn
+from .activations import ACTIVATIONS
+from .errors import InvalidModel, NeocogError
+from .problem import Act, Conv, Pool, Pooling, conv2d_problem, pooling
+from .sight import Beyond, Follow, Sight, joined, through
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One operation of a layer; a fused block has two, the convolution and the pool.
+
+    Shapes are without the batch. ``problem`` holds the windows of a convolution or pool.
+    """
+
+    what: str
+    in_shape: Shape
+    out_shape: Shape
+    problem: Conv | Pool | None = None
+    sight: Sight = Beyond.UNKNOWN
+
+    def formulas(self) -> tuple[str, ...]:
+        """The output size along rows and columns with its numbers, once if both are the same."""
+        if self.problem is None:
+            return ()
+        rows = self.problem.rows.formula(self.problem.height)
+        cols = self.problem.cols.formula(self.problem.width)
+        return (rows,) if rows == cols else (rows, cols)
+
+    def unused(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The rows and the columns of the input that no window reaches."""
+        if self.problem is None:
+            return (), ()
+        return (
+            self.problem.rows.unused(self.problem.height),
+            self.problem.cols.unused(self.problem.width),
+        )
+
+
+@dataclass(frozen=True)
+class LayerInfo:
+    """One layer as ``neocog summary`` lists it.
+
+    ``dense_weights`` and ``dense_biases`` belong to a fully connected layer between the same
+    shapes as the convolution (its own output, before a fused pool). None: not a convolution, or,
+    for ``multiply_adds``, not known. ``features`` (inputs, outputs) of a fully connected layer.
+    """
+
+    index: int
+    name: str
+    in_shape: Shape
+    out_shape: Shape
+    stages: tuple[Stage, ...]
+    weights: int
+    biases: int
+    dense_weights: int | None
+    dense_biases: int | None
+    multiply_adds: int | None
+    features: tuple[int, int] | None = None
+    shared_with: int | None = None
+
+    @property
+    def what(self) -> str:
+        """The stages in words: ``conv 3x3, padding 1, relu + max pool 2x2``."""
+        return " + ".join(stage.what for stage in self.stages)
+
+    @property
+    def explainable(self) -> bool:
+        """Whether it has windows: a convolution or a pool."""
+        return self.stages[0].problem is not None
+
+
+@dataclass
+class Capture:
+    """What really went into and came out of one layer, copied before anything could change it."""
+
+    info: LayerInfo
+    module: nn.Module
+    x: Tensor
+    residual: Tensor | None
+    output: Tensor
+
+
+def describe(model: nn.Module, in_shape: Sequence[int]) -> list[LayerInfo]:
+    """The layers that an input of shape ``in_shape`` (C, H, W, without the batch) passes.
+
+    Runs the model once on zeros, in evaluation mode and without gradients. InvalidProblem or
+    InvalidModel, naming the layer, if it cannot take such an input.
+    """
+    parameter = next(model.parameters(), torch.zeros(()))
+    x = torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device)
+    return observe(model, x)[0]
+
+
+def observe(
+    model: nn.Module, x: Tensor, watch: Callable[[int, str], bool] = lambda index, name: False
+) -> tuple[list[LayerInfo], Capture | None]:
+    """Runs the model on a batch ``x`` and returns its layers and the first one ``watch`` accepts.
+
+    ``watch`` is asked with a layer's position, counted from 1, and its module's name. Errors as
+    :func:`describe`.
+    """
+    walk = _Walk(Follow(x), watch)
+    with ExitStack() as stack:
+        stack.enter_context(_evaluating(model))
+        for name, module in leaves(model):
+            enter, leave = partial(walk.enter, name), partial(walk.leave, name)
+            before = module.register_forward_pre_hook(enter, with_kwargs=True)
+            after = module.register_forward_hook(leave, with_kwargs=True)
+            stack.callback(before.remove)
+            stack.callback(after.remove)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(walk.follow)
+        try:
+            model(x)
+        except NeocogError as error:
+            raise type(error)(f"{walk.where}{error}") from error
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise InvalidModel(
+                f"{walk.where}the model cannot take an input of {size_text(x.shape[1:])} "
+                f"(channels x height x width): {reason}"
+            ) from error
+    return walk.layers, walk.capture
+
+
+def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that count as layers, with their names, each once."""
+    inside_blocks: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        is_block = isinstance(module, neocog_nn.ConvBlock)
+        if is_block:
+            inside_blocks.update(module.children())
+        if module not in inside_blocks and (is_block or not any(True for _ in module.children())):
+            yield name or type(module).__name__, module
+
+
+def size_text(shape: Sequence[int]) -> str:
+    """``1x28x28``."""
+    return "x".join(str(size) for size in shape)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@dataclass
+class _Walk:
+    """The state of one run: the layers passed so far, and where the run is."""
+
+    follow: Follow
+    watch: Callable[[int, str], bool]
+    layers: list[LayerInfo] = field(default_factory=list)
+    capture: Capture | None = None
+    where: str = ""
+    _entered: dict[nn.Module, tuple[Tensor, Sight]] = field(default_factory=dict)
+    _passed: dict[nn.Module, int] = field(default_factory=dict)
+
+    def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        index = len(self.layers) + 1
+        self.where = f"layer {index} ({name}, {type(module).__name__}): "
+        x = _input(args, kwargs)
+        if x is not None:
+            windows_of(module, tuple(x.shape))  # says what is wrong better than the layer would
+            # Copied, for what follows may overwrite it: ReLU(inplace=True) does.
+            self._entered[module] = (
+                x.clone() if self._wanted(index, name) else x,
+                self.follow.of(x),
+            )
+
+    def leave(
+        self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
+    ) -> None:
+        result = output[0] if isinstance(output, (tuple, list)) else output
+        if module not in self._entered or not isinstance(result, Tensor):
+            return
+        x, sight = self._entered.pop(module)
+        residual = _residual(module, args, kwargs)
+        stages = self._stages(module, x, sight, residual, result)
+        index = len(self.layers) + 1
+        self.layers.append(_info(index, name, module, stages, self._passed.get(module)))
+        self._passed.setdefault(module, index)
+        if self._wanted(index, name):
+            kept = None if residual is None else residual.clone()
+            self.capture = Capture(self.layers[-1], module, x, kept, result.clone())
+        self.where = f"after layer {index} ({name}): "
+
+    def _wanted(self, index: int, name: str) -> bool:
+        return self.capture is None and self.watch(index, name)
+
+    def _stages(
+        self, module: nn.Module, x: Tensor, sight: Sight, residual: Tensor | None, output: Tensor
+    ) -> tuple[Stage, ...]:
+        problems = windows_of(module, tuple(x.shape))
+        if not problems:
+            out = tuple(output.shape[1:])
+            return (Stage(_words(module), tuple(x.shape[1:]), out, None, self.follow.of(output)),)
+        stages = []
+        for problem in problems:
+            sight = through(sight, problem.rows, problem.cols)
+            if residual is not None and isinstance(problem, Conv):
+                sight = joined((sight, self.follow.of(residual)))
+            what = (
+                _conv_words(module, problem) if isinstance(problem, Conv) else pool_words(problem)
+            )
+            shapes = problem.in_shape[1:], problem.out_shape[1:]
+            stages.append(Stage(what, *shapes, problem, sight))
+        self.follow.note(output, sight)
+        return tuple(stages)
+
+
+def windows_of(module: nn.Module, in_shape: Shape) -> tuple[Conv | Pool, ...]:
+    """The convolution and the pool that a module does on an input (N, C, H, W), those there are."""
+    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
+        return (Pool.of(_pooling(module), *in_shape),)
+    if not isinstance(module, (nn.Conv2d, neocog_nn.ConvBlock)):
+        return ()
+    conv = conv2d_problem(
+        in_shape,
+        module.weight.shape,
+        module.stride,
+        module.padding,
+        module.dilation,
+        module.groups,
+    )
+    pool = getattr(module, "pool", None)
+    return (conv,) if pool is None else (conv, Pool.of(_pooling(pool), *conv.out_shape))
+
+
+def activation_of(module: nn.Module) -> Act:
+    """The activation a convolution applies itself; identity for one that is not fused."""
+    if not isinstance(module, neocog_nn.ConvBlock):
+        return Act("identity")
+    takes_slope = ACTIVATIONS[module.activation].takes_slope
+    return Act(module.activation, module.negative_slope if takes_slope else 0.0)
+
+
+def _pooling(module: nn.MaxPool2d | nn.AvgPool2d) -> Pooling:
+    windows = (module.kernel_size, module.stride, module.padding)
+    if isinstance(module, nn.MaxPool2d):
+        return pooling("max", *windows, module.dilation, module.ceil_mode)
+    return pooling(
+        "mean",
+        *windows,
+        ceil_mode=module.ceil_mode,
+        count_include_pad=module.count_include_pad,
+        divisor_override=module.divisor_override,
+    )
+
+
+def _input(args: tuple, kwargs: dict) -> Tensor | None:
+    return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
+
+
+def _residual(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
+    if not isinstance(module, neocog_nn.ConvBlock):
+        return None
+    return args[1] if len(args) > 1 else kwargs.get("residual")
+
+
+def _info(
+    index: int, name: str, module: nn.Module, stages: tuple[Stage, ...], earlier: int | None
+) -> LayerInfo:
+    own = {key: p.numel() for key, p in module.named_parameters() if earlier is None}
+    biases = own.pop("bias", 0)
+    weights = sum(own.values())
+    first, last = stages[0], stages[-1]
+    conv = first.problem if isinstance(first.problem, Conv) else None
+    return LayerInfo(
+        index=index,
+        name=name,
+        in_shape=first.in_shape,
+        out_shape=last.out_shape,
+        stages=stages,
+        weights=weights,
+        biases=biases,
+        dense_weights=math.prod(conv.in_shape[1:] + conv.out_shape[1:]) if conv else None,
+        dense_biases=math.prod(conv.out_shape[1:]) if conv else None,
+        multiply_adds=_multiply_adds(module, first),
+        features=(module.in_features, module.out_features)
+        if isinstance(module, nn.Linear) and earlier is None
+        else None,
+        shared_with=earlier,
+    )
+
+
+def _multiply_adds(module: nn.Module, stage: Stage) -> int | None:
+    """Of one picture; a pool compares or adds, which counts as none. None: not known."""
+    if isinstance(stage.problem, Conv):
+        return stage.problem.multiply_adds
+    if isinstance(module, nn.Linear):
+        return math.prod(stage.out_shape) * module.in_features
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return math.prod(stage.out_shape)  # one scale and shift a value
+    return None if any(True for _ in module.parameters()) else 0
+
+
+def _words(module: nn.Module) -> str:
+    if isinstance(module, nn.Linear):
+        return f"fully connected {module.in_features} -> {module.out_features}"
+    plain = {
+        nn.BatchNorm2d: "batch norm",
+        nn.Flatten: "flatten",
+        nn.ReLU: "relu",
+        nn.Dropout: "dropout (only in training)",
+        nn.Identity: "identity",
+    }
+    details = module.extra_repr()
+    return plain.get(type(module)) or type(module).__name__ + (f"({details})" if details else "")
+
+
+def _conv_words(module: nn.Module, conv: Conv) -> str:
+    words = [f"conv {conv.rows.size}x{conv.cols.size}", *_window_words(conv)]
+    if conv.groups != 1:
+        words.append(f"groups {conv.groups}")
+    mode = getattr(module, "padding_mode", "zeros")
+    if mode != "zeros":
+        words.append(f"padded by {mode}")
+    activation = activation_of(module)
+    return ", ".join(words if activation.name == "identity" else [*words, str(activation)])
+
+
+def pool_words(pool: Pool) -> str:
+    """``average pool 3x3, stride 2, padding 1, padding not counted``."""
+    kind = {"mean": "average"}.get(pool.kind, pool.kind)
+    words = [f"{kind} pool {pool.rows.size}x{pool.cols.size}", *_window_words(pool)]
+    words += ["ceil mode"] if pool.rows.ceil else []
+    words += [] if pool.count_include_pad else ["padding not counted"]
+    if pool.divisor_override is not None:
+        words.append(f"divisor {pool.divisor_override}")
+    return ", ".join(words)
+
+
+def _window_words(problem: Conv | Pool) -> list[str]:
+    rows, cols = problem.rows, problem.cols
+    usual = (rows.size, cols.size) if isinstance(problem, Pool) else (1, 1)
+    words = []
+    if (rows.stride, cols.stride) != usual:
+        words.append(f"stride {_both(rows.stride, cols.stride)}")
+    if (rows.low, cols.low) != (rows.high, cols.high):
+        words.append(
+            f"padding top {rows.low}, bottom {rows.high}, left {cols.low}, right {cols.high}"
+        )
+    elif (rows.low, cols.low) != (0, 0):
+        words.append(f"padding {_both(rows.low, cols.low)}")
+    if (rows.dilation, cols.dilation) != (1, 1):
+        words.append(f"dilation {_both(rows.dilation, cols.dilation)}")
+    return words
+
+
+def _both(rows: int, cols: int) -> str:
+    return f"{rows}" if rows == cols else f"{rows}x{cols}"

@@ -1,0 +1,147 @@
+"""The house stands as docs/architecture.md draws it: imports run downward only."""
+
+import ast
+import graphlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import neocog
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "neocog"
+
+# A name stands for a module, or for a package with all that is in it.
+FLOORS = {
+    0: "geometry errors",
+    1: "dtypes activations reductions",
+    2: "steps problem",
+    3: "reference",
+    4: "target",
+    5: "cpu",
+    6: "program compiler execution",
+    7: "handback ops",
+    8: "functional nn",
+    9: (
+        "strokes images idx folders data "
+        "files factories models checkpoint augmentation evaluation training shifts plots "
+        "sight layers tracing"
+    ),
+    10: "cli __main__",
+}
+FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
+
+# Who may import whom on the same floor.
+BESIDE = {
+    "problem": "steps",
+    "compiler": "program",
+    "execution": "compiler",
+    "ops": "handback",
+    "nn": "functional",
+    "images": "strokes",
+    "idx": "images",
+    "folders": "images",
+    "data": "strokes images idx folders",
+    "factories": "files",
+    "checkpoint": "factories files models",
+    "evaluation": "checkpoint data",
+    "training": "augmentation checkpoint data evaluation models",
+    "shifts": "checkpoint data evaluation",
+    "layers": "sight",
+    "tracing": "layers sight",
+    "__main__": "cli",
+}
+ALLOWED = {(one, other) for one, others in BESIDE.items() for other in others.split()}
+
+LONGEST_FILE = 450
+
+
+def modules():
+    """Every module of the package: dotted name without "neocog." -> file. "" is the package."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported_by(name):
+    """The modules of the package that a module imports anywhere, be it inside a function."""
+    path = MODULES[name]
+    package = ["neocog", *name.split(".")] if name else ["neocog"]
+    if path.name != "__init__.py":
+        package.pop()
+    targets = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            targets |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            # `from . import x` imports the module x if there is one, else a name of the package.
+            for alias in node.names:
+                inner = f"{start}.{alias.name}"
+                targets.add(inner if inner.removeprefix("neocog.") in MODULES else start)
+    ours = {target for target in targets if target == "neocog" or target.startswith("neocog.")}
+    return {target.removeprefix("neocog").removeprefix(".") for target in ours} - {name}
+
+
+def top(name):
+    return name.split(".")[0]
+
+
+def upward(importer, imported):
+    """Whether this import breaks the order of the floors."""
+    if importer == "":  # the package itself offers what is on the floors below presentation
+        return FLOOR[top(imported)] > 9
+    if imported == "":
+        return FLOOR[top(importer)] < 10
+    if top(importer) == top(imported):
+        return False  # within one package; cycles are another test
+    if FLOOR[top(importer)] == FLOOR[top(imported)]:
+        return (top(importer), top(imported)) not in ALLOWED
+    return FLOOR[top(importer)] < FLOOR[top(imported)]
+
+
+def test_every_module_has_a_floor_and_every_entry_a_module():
+    assert {top(name) for name in MODULES if name} == set(FLOOR)
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "neocog")
+def test_imports_run_downward_only(name):
+    wrong = [imported for imported in imported_by(name) if upward(name, imported)]
+    assert not wrong, f"neocog.{name} imports from above: {wrong}"
+
+
+def test_no_imports_form_a_cycle():
+    graph = {name: imported_by(name) for name in MODULES if name}
+    graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, with the cycle in it
+
+
+def test_every_allowance_on_one_floor_is_needed():
+    used = {(top(name), top(other)) for name in MODULES for other in imported_by(name)}
+    assert used >= ALLOWED
+    assert all(FLOOR[one] == FLOOR[other] for one, other in ALLOWED)
+
+
+def test_the_imports_of_a_known_module_are_seen():
+    assert {"errors", "images", "idx", "folders", "strokes"} == imported_by("data")
+    assert "cli" in imported_by("__main__")
+
+
+def test_no_module_bears_the_name_of_a_public_function():
+    public = [name for name in dir(neocog) if not name.startswith("_")]
+    callables = {name for name in public if not inspect.ismodule(getattr(neocog, name))}
+    assert callables, "the package offers nothing"
+    assert not callables & {top(name) for name in MODULES}
+
+
+def test_every_file_can_be_read_in_one_sitting():
+    files = [p for f in ("src", "tests", "scripts", "benchmarks") for p in (ROOT / f).rglob("*.py")]
+    assert len(files) > len(MODULES)
+    lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in files}
+    assert {file: n for file, n in lengths.items() if n > LONGEST_FILE} == {}
