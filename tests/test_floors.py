@@ -134,10 +134,9 @@ def test_the_imports_of_a_known_module_are_seen():
 
 
 def test_no_module_bears_the_name_of_a_public_function():
-    public = [name for name in dir(neocog) if not name.startswith("_")]
-    callables = {name for name in public if not inspect.ismodule(getattr(neocog, name))}
-    assert callables, "the package offers nothing"
-    assert not callables & {top(name) for name in MODULES}
+    functions = {name for name in neocog.__all__ if not inspect.ismodule(getattr(neocog, name))}
+    assert functions
+    assert not functions & {top(name) for name in MODULES}
 
 
 def test_every_file_can_be_read_in_one_sitting():

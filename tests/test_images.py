@@ -5,6 +5,8 @@ import io
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from neocog.data import load
@@ -338,9 +340,9 @@ def test_a_large_digit_anywhere_is_brought_into_mnists_frame(tmp_path, digits, i
         scene = Image.new("L", (300, 200), 0)
         scene.paste(Image.fromarray(digit).resize((112, 112)), (150, 60))
         values = np.asarray(scene).astype(float)
-        # paper in the shade, with its grain; the pen is not quite black
-        grain = np.random.default_rng(label).normal(0, 4, values.shape)
-        levels = 190 - 0.6 * values + grain if ink_on_paper else values
+        # paper lit from one side, with its grain; the pen is not quite black
+        paper = np.random.default_rng(label).normal(np.linspace(160, 205, 300), 4, values.shape)
+        levels = paper * (1 - values / 300) if ink_on_paper else values
         image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
         path = saved(tmp_path / "a.png", image.convert("RGB"))
         picture = read_picture(path, 1, (28, 28), digit_like=True)
@@ -362,6 +364,24 @@ def test_a_thin_line_keeps_its_brightness_and_a_dot_its_shape():
     assert framed.max() == 255
     assert (len(lit_rows), len(lit_columns)) == (20, 1)
     assert (lit_rows[0], lit_columns[0]) == (4, 14)
+
+
+def test_the_grain_of_paper_is_no_stroke():
+    paper = np.random.default_rng(3).normal(np.linspace(120, 200, 90), 6, (70, 90))
+    paper = paper.astype(np.uint8)
+    same, notes = frame_digit(paper)
+    assert np.array_equal(same, paper)
+    assert notes == ["no stroke found: the picture is of one shade"]
+
+
+@given(data=st.data(), height=st.integers(1, 40), width=st.integers(1, 40))
+def test_any_picture_is_framed_or_said_to_be_blank(data, height, width):
+    pixels = data.draw(st.binary(min_size=height * width, max_size=height * width))
+    grey = np.frombuffer(pixels, dtype=np.uint8).reshape(height, width)
+    framed, notes = frame_digit(grey)
+    blank = notes == ["no stroke found: the picture is of one shade"]
+    assert framed.shape == (grey.shape if blank else (28, 28))
+    assert blank or framed.max() >= 32
 
 
 def test_a_blank_page_is_said(tmp_path):

@@ -1,1 +1,20 @@
-"""neocog: convolution and pooling layers for PyTorch, compiled for each layer."""
+"""neocog: convolution and pooling layers for PyTorch, compiled for each layer.
+
+``neocog.nn`` and ``neocog.functional`` stand in for their torch namesakes; ``neocog.problem``,
+``neocog.geometry`` and ``neocog.reference`` are the mathematics underneath.
+"""
+
+import importlib
+from importlib import metadata
+from typing import Any
+
+__version__ = metadata.version("neocog")
+
+__all__ = ["functional", "geometry", "nn", "problem", "reference"]
+
+
+def __getattr__(name: str) -> Any:
+    # Importing torch takes a second or two: only who asks for a module pays for it.
+    if name in __all__:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

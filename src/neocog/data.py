@@ -360,6 +360,7 @@ def _embedded() -> tuple[Parts, list[str]]:
     images = tiles.reshape(-1, 1, FIELD, FIELD)
     labels = np.arange(len(images)) * 10 // len(images)
     train, test = _hold_out(images, labels, 0.2, seed=0)
+    assert test is not None, "there are 500 pictures of each class"
     return {"train": train, "test": test}, [str(digit) for digit in range(10)]
 
 

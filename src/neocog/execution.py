@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from . import compiler
-from .compiler import NCHW, NHWC
+from .cpu import epilogue as ep
 from .cpu import pool as pool_kernels
 from .errors import InvalidProblem
 from .geometry import Window
-from .problem import Add, Bias, Block, Conv, Pool, Pooling, Step
+from .maps import NCHW, NHWC
+from .problem import Block, Conv, Pool, Pooling, Step
 from .steps import read_step
 
 FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
@@ -27,6 +28,14 @@ FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
 def parse_steps(text: str) -> tuple[Step, ...]:
     """The epilogue that ``text`` spells: steps between bars, in order."""
     return tuple(read_step(part.strip()) for part in text.split("|") if part.strip())
+
+
+def parse_pooling(text: str) -> Pooling:
+    """The pool that ``text`` spells."""
+    (step,) = parse_steps(text)
+    if not isinstance(step, Pooling):
+        raise InvalidProblem(f"a pool was expected, got {text!r}")
+    return step
 
 
 def spell_steps(steps: Sequence[Step]) -> str:
@@ -65,10 +74,9 @@ def block_of(
 @functools.lru_cache(1024)
 def pool_of(x_shape: tuple[int, ...], pooling: str) -> Pool:
     """The checked problem of a pooling call."""
-    (step,) = parse_steps(pooling)
     if len(x_shape) != 4:
         raise InvalidProblem(f"input must have 3 or 4 dimensions, got shape {x_shape}")
-    return Pool.of(step, *x_shape)  # type: ignore[arg-type]
+    return Pool.of(parse_pooling(pooling), *x_shape)
 
 
 def prefers_channels_last(t: Tensor) -> bool:
@@ -124,7 +132,12 @@ def winner_dtype(pooling: Pooling) -> torch.dtype:
 
 
 def conv_block(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, block: Block, save: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    block: Block,
+    save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, winners, before): the block's result and, with ``save``, what backward needs of it."""
     check_devices(x, weight, bias, residual)
@@ -133,16 +146,16 @@ def conv_block(
     out = torch.empty(block.out_shape, memory_format=FORMATS[layout])
     saved = {"winners": x.new_empty(0, dtype=torch.uint8), "before": x.new_empty(0)}
     names = compiler.saved_names(block, save)
-    if "winners" in names:
-        saved["winners"] = _nhwc(block.out_shape, winner_dtype(block.pool.step))
+    pooling = ep.pooling_of(block.epilogue)
+    if pooling is not None and "winners" in names:
+        saved["winners"] = _nhwc(block.out_shape, winner_dtype(pooling))
     if "before" in names:
         saved["before"] = _nhwc(block.conv_shape)
     x, x_layout = _layout(x)
     program = compiler.forward(block, x_layout, weight.stride(), layout, save)
     buffers = [x, weight]
-    for step in block.epilogue:
-        if isinstance(step, Bias):
-            buffers.append(bias.contiguous())
+    if bias is not None:
+        buffers.append(bias.contiguous())
     if residual is not None:
         buffers.append(residual.contiguous(memory_format=torch.channels_last))
     buffers += [out, *(saved[n] for n in names)]

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import execution, handback, ops  # noqa: F401  (ops defines torch.ops.neocog)
@@ -34,11 +33,12 @@ def conv2d(
     dilation: Size = 1,
     groups: int = 1,
 ) -> Tensor:
-    """``torch.nn.functional.conv2d``: input (N, C, H, W) or (C, H, W), weight (K, C/groups, KH, KW).
+    """``torch.nn.functional.conv2d``.
 
-    float32 on the CPU; anything else is handed back to PyTorch. The output is channels_last if
-    input or weight is, else contiguous. InvalidProblem (a ValueError and RuntimeError) if the
-    shapes fit no convolution.
+    Input (N, C, H, W) or (C, H, W), weight (K, C/groups, KH, KW) and bias (K,) in float32 on the
+    CPU; anything else is handed back to PyTorch. The output is channels_last if input or weight is,
+    else contiguous. InvalidProblem (a ValueError and RuntimeError) if the shapes fit no
+    convolution.
     """
     return conv_block(input, weight, bias, stride, padding, dilation, groups)
 
@@ -107,8 +107,7 @@ def max_pool2d(
     step = _pooling("max", kernel_size, stride, padding, dilation, ceil_mode)
     if return_indices:
         handback.say("max_pool2d", "return_indices")
-        stride = stride or None  # an empty list means the kernel size, as None does
-        return F.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, True)
+        return handback.max_pool_with_indices(input, step)
     return _pool(input, step, "max_pool2d")
 
 
@@ -172,7 +171,9 @@ def _padding(
         )
         return top, bottom, left, right
     if isinstance(padding, str):
-        raise InvalidProblem(f"padding must be a number, a pair, 'same' or 'valid', got {padding!r}")
+        raise InvalidProblem(
+            f"padding must be a number, a pair, 'same' or 'valid', got {padding!r}"
+        )
     rows, cols = pair("padding", _plain(padding))
     check_whole("padding", min(rows, cols), 0)
     return rows, rows, cols, cols

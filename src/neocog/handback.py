@@ -108,3 +108,16 @@ def pool(x: Tensor, pooling: Pooling) -> Tensor:
         return F.max_pool2d(x, *window, (rows.dilation, cols.dilation), rows.ceil)
     include, divisor = pooling.count_include_pad, pooling.divisor_override
     return F.avg_pool2d(x, *window, rows.ceil, include, divisor)
+
+
+def max_pool_with_indices(x: Tensor, pooling: Pooling) -> tuple[Tensor, Tensor]:
+    """A max pool and the flat indices of its winners, in PyTorch's own operators."""
+    rows, cols = pooling.rows, pooling.cols
+    return F.max_pool2d_with_indices(
+        x,
+        (rows.size, cols.size),
+        (rows.stride, cols.stride),
+        (rows.low, cols.low),
+        (rows.dilation, cols.dilation),
+        rows.ceil,
+    )

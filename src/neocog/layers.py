@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import nn as neocog_nn
 from .activations import ACTIVATIONS
 from .errors import InvalidModel, NeocogError
-from .problem import Act, Conv, Pool, Pooling, conv2d_problem, pooling
+from .problem import Act, Conv, Pool, Pooling, conv2d_problem
 from .sight import Beyond, Follow, Sight, joined, through
 
 Shape = tuple[int, ...]
@@ -236,20 +236,23 @@ class _Walk:
 
 def windows_of(module: nn.Module, in_shape: Shape) -> tuple[Conv | Pool, ...]:
     """The convolution and the pool that a module does on an input (N, C, H, W), those there are."""
-    if isinstance(module, (nn.MaxPool2d, nn.AvgPool2d)):
-        return (Pool.of(_pooling(module), *in_shape),)
-    if not isinstance(module, (nn.Conv2d, neocog_nn.ConvBlock)):
+    if len(in_shape) != 4:
         return ()
-    conv = conv2d_problem(
-        in_shape,
-        module.weight.shape,
-        module.stride,
-        module.padding,
-        module.dilation,
-        module.groups,
-    )
-    pool = getattr(module, "pool", None)
-    return (conv,) if pool is None else (conv, Pool.of(_pooling(pool), *conv.out_shape))
+    if isinstance(module, nn.AvgPool2d) or (
+        isinstance(module, nn.MaxPool2d) and not module.return_indices
+    ):
+        return _pools(neocog_nn.pooling_of(module), in_shape)
+    if not isinstance(module, nn.Conv2d):
+        return ()
+    window = (module.stride, module.padding, module.dilation, module.groups)
+    conv = conv2d_problem(in_shape, module.weight.shape, *window)
+    pooling = module.pooling if isinstance(module, neocog_nn.ConvBlock) else None
+    return (conv, *_pools(pooling, conv.out_shape))
+
+
+def _pools(pooling: Pooling | None, in_shape: Shape) -> tuple[Pool, ...]:
+    batch, channels, height, width = in_shape
+    return () if pooling is None else (Pool.of(pooling, batch, channels, height, width),)
 
 
 def activation_of(module: nn.Module) -> Act:
@@ -258,19 +261,6 @@ def activation_of(module: nn.Module) -> Act:
         return Act("identity")
     takes_slope = ACTIVATIONS[module.activation].takes_slope
     return Act(module.activation, module.negative_slope if takes_slope else 0.0)
-
-
-def _pooling(module: nn.MaxPool2d | nn.AvgPool2d) -> Pooling:
-    windows = (module.kernel_size, module.stride, module.padding)
-    if isinstance(module, nn.MaxPool2d):
-        return pooling("max", *windows, module.dilation, module.ceil_mode)
-    return pooling(
-        "mean",
-        *windows,
-        ceil_mode=module.ceil_mode,
-        count_include_pad=module.count_include_pad,
-        divisor_override=module.divisor_override,
-    )
 
 
 def _input(args: tuple, kwargs: dict) -> Tensor | None:

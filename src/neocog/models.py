@@ -3,6 +3,7 @@
 It names the layers from the input to the output, joined by ``-``:
 
     32C3   32 kernels of 3x3, zero padding that keeps the size, ReLU
+    32C3p0 the same with zero padding 0 on all sides
     P2     max pool: 2x2 windows side by side
     A2     average pool, likewise
     120    fully connected to 120 units, ReLU
@@ -23,7 +24,7 @@ from torch import nn
 
 from . import nn as neocog_nn
 from .errors import InvalidModel, InvalidProblem
-from .geometry import Window
+from .geometry import Window, same_padding
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""
@@ -34,10 +35,14 @@ WEIGHT_LIMIT = 2**30
 
 @dataclass(frozen=True)
 class Convolution:
-    """``<kernels>C<size>``: that many square kernels, 'same' padding, ReLU."""
+    """``<kernels>C<size>``: that many square kernels, ReLU.
+
+    ``p<padding>`` behind it pads every side by so much; None is 'same' padding.
+    """
 
     kernels: int
     size: int
+    padding: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +63,13 @@ class Dense:
 Layer = Convolution | Pool | Dense
 
 _TOKEN = re.compile(
-    r"(?P<kernels>[0-9]{1,9})C(?P<conv>[0-9]{1,9})|(?P<kind>[PA])(?P<pool>[0-9]{1,9})"
-    r"|(?P<units>[0-9]{1,9})"
+    r"(?P<kernels>[0-9]{1,9})C(?P<conv>[0-9]{1,9})(p(?P<padding>[0-9]{1,9}))?"
+    r"|(?P<kind>[PA])(?P<pool>[0-9]{1,9})|(?P<units>[0-9]{1,9})"
 )
 
 
-def layers(architecture: str) -> tuple[Layer, ...]:
-    """The layers that a shorthand names.
+def layers(architecture: str, *, headless: bool = False) -> tuple[Layer, ...]:
+    """The layers that a shorthand names; ``headless``: it need not end with the classes.
 
     Raises:
         InvalidModel: naming the token that is wrong and what was expected.
@@ -79,7 +84,7 @@ def layers(architecture: str) -> tuple[Layer, ...]:
                 f"architecture {architecture!r}: {token!r} is fully connected and leaves no rows "
                 "and columns for the convolution or pool behind it"
             )
-    if not isinstance(found[-1], Dense):
+    if not headless and not isinstance(found[-1], Dense):
         raise InvalidModel(
             f"architecture {architecture!r}: ends with {tokens[-1]!r}, expected the number of "
             "classes, as in 32C3-P2-10"
@@ -99,15 +104,19 @@ def has_convolution(architecture: str) -> bool:
     return any(isinstance(layer, Convolution) for layer in layers(architecture))
 
 
-def parse(architecture: str, in_shape: Shape = (1, 28, 28)) -> nn.Sequential:
+def parse(
+    architecture: str, in_shape: Shape = (1, 28, 28), *, headless: bool = False
+) -> nn.Sequential:
     """The network a shorthand stands for, with PyTorch's default initialisation.
 
     Args:
         architecture: see the module's docstring.
         in_shape: (C, H, W) of one picture.
+        headless: it may end with a convolution or a pool: layers to look at, not to train.
 
     Returns:
-        A module from float32 [N, C, H, W] to logits float32 [N, classes].
+        A module from float32 [N, C, H, W] to logits float32 [N, classes], or to the maps that the
+        last convolution or pool gives.
 
     Raises:
         InvalidModel: a token that means nothing, naming it.
@@ -119,7 +128,7 @@ def parse(architecture: str, in_shape: Shape = (1, 28, 28)) -> nn.Sequential:
             f"in_shape {tuple(in_shape)}: expected (channels, height, width), each at least 1"
         )
     # First all sizes, so that no weight is allocated for a network that cannot be.
-    plan = list(_sized(layers(architecture), in_shape, architecture))
+    plan = list(_sized(layers(architecture, headless=headless), in_shape, architecture))
     return nn.Sequential(*_modules(plan))
 
 
@@ -148,13 +157,14 @@ def _layer(token: str, position: int, architecture: str) -> Layer:
             "32C3 (32 kernels of 3x3), P2 (max pool 2), A2 (average pool 2) or a number of units"
         )
     groups = match.groupdict()
-    if any(value is not None and int(value) == 0 for key, value in groups.items() if key != "kind"):
+    if any(groups[key] and int(groups[key]) == 0 for key in ("kernels", "conv", "pool", "units")):
         raise InvalidModel(
             f"architecture {architecture!r}: token {position}, {token!r}: expected numbers of at "
             "least 1"
         )
     if groups["kernels"]:
-        return Convolution(int(groups["kernels"]), int(groups["conv"]))
+        padding = None if groups["padding"] is None else int(groups["padding"])
+        return Convolution(int(groups["kernels"]), int(groups["conv"]), padding)
     if groups["kind"]:
         return Pool({"P": "max", "A": "mean"}[groups["kind"]], int(groups["pool"]))
     return Dense(int(groups["units"]))
@@ -168,22 +178,33 @@ def _sized(
     for position, layer in enumerate(found, 1):
         yield layer, (channels, height, width)
         where = f"architecture {architecture!r}, layer {position}"
-        if isinstance(layer, Convolution):
-            _check_weights(layer.kernels * channels * layer.size**2, where)
-            channels = layer.kernels
-        elif isinstance(layer, Pool):
-            window = Window(layer.size, stride=layer.size)
-            for axis, n in (("height", height), ("width", width)):
-                if window.out_size(n) < 1:
-                    raise InvalidProblem(
-                        f"{where}: pool {layer.size}x{layer.size} is larger than the "
-                        f"{height}x{width} that reach it: {axis} {window.formula(n)}, "
-                        "expected at least 1"
-                    )
-            height, width = window.out_size(height), window.out_size(width)
-        else:
+        if isinstance(layer, Dense):
             _check_weights(layer.units * channels * height * width, where)
             channels, height, width = layer.units, 1, 1
+            continue
+        if isinstance(layer, Convolution):
+            _check_weights(layer.kernels * channels * layer.size**2, where)
+        _check_fits(layer, height, width, where)
+        window = _window(layer)
+        height, width = window.out_size(height), window.out_size(width)
+        channels = layer.kernels if isinstance(layer, Convolution) else channels
+
+
+def _window(layer: Convolution | Pool) -> Window:
+    if isinstance(layer, Pool):
+        return Window(layer.size, stride=layer.size)
+    low, high = same_padding(layer.size) if layer.padding is None else (layer.padding,) * 2
+    return Window(layer.size, low=low, high=high)
+
+
+def _check_fits(layer: Convolution | Pool, height: int, width: int, where: str) -> None:
+    name, window = "pool" if isinstance(layer, Pool) else "kernel", _window(layer)
+    for axis, n in (("height", height), ("width", width)):
+        if window.out_size(n) < 1:
+            raise InvalidProblem(
+                f"{where}: {name} {layer.size}x{layer.size} is larger than the {height}x{width} "
+                f"that reach it: {axis} {window.formula(n)}, expected at least 1"
+            )
 
 
 def _check_weights(count: int, where: str) -> None:
@@ -202,7 +223,12 @@ def _modules(plan: list[tuple[Layer, Shape]]) -> Iterator[nn.Module]:
         if isinstance(layer, Convolution):
             pool = _pool(above) if isinstance(above, Pool) else None
             yield neocog_nn.ConvBlock(
-                channels, layer.kernels, layer.size, padding="same", activation="relu", pool=pool
+                channels,
+                layer.kernels,
+                layer.size,
+                padding="same" if layer.padding is None else layer.padding,
+                activation="relu",
+                pool=pool,
             )
         elif isinstance(layer, Pool):
             if not isinstance(before, Convolution):  # else it is part of the block

@@ -29,7 +29,7 @@ class Conv2d(nn.Conv2d):
 class MaxPool2d(nn.MaxPool2d):
     """``torch.nn.MaxPool2d``."""
 
-    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Input (N, C, H, W) or (C, H, W)."""
         return F.max_pool2d(
             input,
@@ -84,7 +84,15 @@ class ConvBlock(nn.Conv2d):
         **options: Any,
     ):
         super().__init__(
-            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, **options
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            **options,
         )
         Act(activation, negative_slope if activation == "leaky_relu" else 0.0)  # checks the name
         self.activation, self.negative_slope, self.pool = activation, negative_slope, pool
@@ -117,12 +125,24 @@ def pooling_of(module: nn.Module | None) -> Pooling | None:
     if module is None:
         return None
     if isinstance(module, nn.MaxPool2d) and not module.return_indices:
-        window = (module.kernel_size, module.stride, module.padding, module.dilation)
-        return pooling("max", *window, module.ceil_mode)
+        return pooling(
+            "max",
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            module.dilation,
+            module.ceil_mode,
+        )
     if isinstance(module, nn.AvgPool2d):
-        window = (module.kernel_size, module.stride, module.padding)
-        rest = (module.ceil_mode, module.count_include_pad, module.divisor_override)
-        return pooling("mean", *window, 1, *rest)
+        return pooling(
+            "mean",
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            ceil_mode=module.ceil_mode,
+            count_include_pad=module.count_include_pad,
+            divisor_override=module.divisor_override,
+        )
     raise InvalidProblem(
         f"pool must be a MaxPool2d without return_indices, an AvgPool2d or None, got {module!r}"
     )

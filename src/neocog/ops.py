@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from . import execution, handback
-from .compiler import NHWC
 from .cpu import epilogue as ep
 from .geometry import Window
+from .maps import NHWC
 from .problem import Pooling
 
 LIBRARY = torch.library.Library("neocog", "DEF")
@@ -143,7 +143,7 @@ def _(grad, x, weight, result, winners, stride, padding, dilation, groups, epilo
 
 @torch.library.register_fake("neocog::pool", lib=LIBRARY)
 def _(x, pooling, save):
-    (step,) = execution.parse_steps(pooling)
+    step = execution.parse_pooling(pooling)
     shape = (x.shape[0], x.shape[1], *_pooled(step, x.shape[2], x.shape[3]))
     winners = x.new_empty(0, dtype=torch.uint8)
     if save and step.kind == "max":
@@ -195,9 +195,10 @@ def _differentiable(grad, inputs, needs, window) -> list[Tensor | None]:
     """Gradients that can be differentiated again: recomputed in PyTorch's own operators."""
     handback.say("conv_block", "double backward")
     stride, padding, dilation, groups, epilogue = window
-    steps = execution.parse_steps(epilogue)
+    sides, steps = tuple(padding), execution.parse_steps(epilogue)
+    x, weight, bias, residual = inputs
     y = handback.conv_block(
-        *inputs, tuple(stride), tuple(padding), tuple(dilation), groups, steps
+        x, weight, bias, residual, tuple(stride), sides, tuple(dilation), groups, steps
     )
     wanted = [t for t, need in zip(inputs, needs, strict=True) if need]
     found = iter(torch.autograd.grad(y, wanted, grad, create_graph=True, allow_unused=True))
@@ -217,7 +218,7 @@ def _pool_gradients(ctx, grad, _):
     x, winners = ctx.saved_tensors
     if torch.is_grad_enabled():
         handback.say("pool", "double backward")
-        (step,) = execution.parse_steps(ctx.pooling)
+        step = execution.parse_pooling(ctx.pooling)
         (gx,) = torch.autograd.grad(handback.pool(x, step), x, grad, create_graph=True)
     else:
         gx = torch.ops.neocog.pool_backward(

@@ -146,7 +146,13 @@ class Program:
         constants = np.concatenate([*self._constants, np.zeros(1, np.int64)])
         program = np.asarray(words, dtype=np.int64)
         kind = ctypes.c_void_p * (FIRST_CALL_BUFFER + len(self.names))
-        return program.ctypes.data, 4 * arena, constants.ctypes.data, kind, (program, tables, constants)
+        return (
+            program.ctypes.data,
+            4 * arena,
+            constants.ctypes.data,
+            kind,
+            (program, tables, constants),
+        )
 
     def run(self, *addresses: int, threads: int | None = None) -> None:
         """Run all steps; ``addresses`` are the call buffers', in the order of ``names``."""
@@ -156,7 +162,7 @@ class Program:
             threads = 1 if self.work < SERIAL_WORK else runtime.thread_count()
         program, arena_bytes, constants, kind, _ = self._table(threads)
         bases = kind(constants, _arena_of_this_thread(arena_bytes), *addresses)
-        runtime.driver()(bases, program, threads)
+        runtime.launch(bases, program, threads)
 
 
 def _spell(fields: dict[str, Place | int], names: tuple[str, ...]) -> str:

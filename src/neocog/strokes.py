@@ -13,18 +13,20 @@ FIELD, BOX = 28, 20
 """MNIST's digits fill a box of 20 x 20 within a field of 28 x 28 pixels."""
 
 BLANK = 16
-"""A picture whose grey levels differ by less than this shows nothing."""
+"""What stands out from the background by fewer grey levels than this is no stroke."""
 
 
 def is_light(grey: np.ndarray) -> bool:
     """Whether a picture, uint8 [H, W], has a light background: ink on paper, not chalk on slate.
 
-    The border is background almost everywhere. Whether it is light is judged against Otsu's
-    threshold, which splits this very picture into its dark and its light half: a photograph of
-    paper in the shade is light all the same. A picture of one level is judged against mid-grey.
+    It has if what stands out from the background most is darker. Background is what the border
+    suggests, so that a photograph of paper in the shade is light all the same. A picture of one
+    shade is light above mid-grey.
     """
-    threshold = otsu(grey) if _range(grey) else 127.5
-    return bool(np.median(_border(grey)) > threshold)
+    relief = _relief(grey)
+    if not relief.any():
+        return bool(grey.flat[0] > 127)
+    return bool(-relief.min() > relief.max())
 
 
 def is_framed(digits: np.ndarray) -> np.ndarray:
@@ -51,29 +53,30 @@ def is_framed(digits: np.ndarray) -> np.ndarray:
 def frame_digit(grey: np.ndarray) -> tuple[np.ndarray, list[str]]:
     """A picture of one digit, uint8 [H, W] of any size, framed as MNIST's digits are.
 
-    Strokes are told from the background by Otsu's threshold; ink on paper is inverted and the
-    contrast stretched so that the background is 0 and the strokes reach 255. The strokes' bounding
-    box is scaled, proportions kept, until its longer side is 20 pixels, and placed in a field of
-    28 x 28 so that the centre of mass comes to the field's centre (by whole pixels, as in MNIST).
+    Strokes are what stands out from the background; ink on paper is inverted, and the contrast
+    stretched until the background is 0 and the strokes reach 255. The strokes' bounding box is
+    scaled, proportions kept, until its longer side is 20 pixels, and placed in a field of 28 x 28
+    so that the centre of mass comes to the field's centre (by whole pixels, as in MNIST).
 
     Returns:
         uint8 [28, 28], and notes. A picture that is framed so already is at most inverted; one that
         shows nothing comes back as it is, in its own size, with a note.
     """
-    if _range(grey) < BLANK:
+    ink = _ink(grey)
+    if ink is None:
         return grey, ["no stroke found: the picture is of one shade"]
     notes = ["inverted: the network has learned light digits on black"] if is_light(grey) else []
     chalk = 255 - grey if notes else grey
     if is_framed(chalk[None])[0]:
         return chalk, notes
-    ink, (rows, cols) = _ink(grey)
-    framed = _fit(ink[rows, cols])
+    strokes = ink > otsu(np.rint(ink * 255).astype(np.uint8)) / 255
+    rows, cols = _span(np.any(strokes, axis=1)), _span(np.any(strokes, axis=0))
     notes.append(
         f"digit of {rows.stop - rows.start} x {cols.stop - cols.start} pixels cut out of "
         f"{grey.shape[0]} x {grey.shape[1]}, fitted into {BOX} x {BOX} and centred by its mass "
         f"in {FIELD} x {FIELD}, as MNIST's digits are"
     )
-    return framed, notes
+    return _fit(ink[rows, cols]), notes
 
 
 def otsu(grey: np.ndarray) -> float:
@@ -94,20 +97,30 @@ def otsu(grey: np.ndarray) -> float:
     return float((best[0] + best[-1]) / 2)
 
 
-def _ink(grey: np.ndarray) -> tuple[np.ndarray, tuple[slice, slice]]:
-    """The strength of a picture's strokes, float [H, W] in 0..1, and their box; not for a blank."""
-    background = float(np.median(_border(grey)))
-    sign = -1 if is_light(grey) else 1
-    ink = sign * (grey.astype(np.float64) - background)
-    strokes = ink > sign * (otsu(grey) - background)
+def _relief(grey: np.ndarray) -> np.ndarray:
+    """How far each pixel lies above its background, float [H, W].
+
+    The background is a plane through the medians of the four edges: light that falls from one side
+    is no ink, and a stroke that touches an edge does not tilt the plane.
+    """
+    height, width = grey.shape
+    top, bottom, left, right = (float(np.median(edge)) for edge in _edges(grey))
+    down = np.linspace(-0.5, 0.5, height) * (bottom - top)
+    across = np.linspace(-0.5, 0.5, width) * (right - left)
+    level = float(np.median(np.concatenate(_edges(grey))))
+    return grey - (level + down[:, None] + across)
+
+
+def _ink(grey: np.ndarray) -> np.ndarray | None:
+    """The strength of the strokes, float [H, W] in 0..1, or ``None`` if nothing stands out."""
+    relief = -_relief(grey) if is_light(grey) else _relief(grey)
     # The grain of paper is no ink: whatever lies within three deviations of the border's own.
-    grain = 3 * 1.4826 * np.median(np.abs(_border(grey) - background))
-    ink[ink <= grain] = 0
-    peak = np.percentile(ink[strokes], 90)
-    return np.clip(ink / peak, 0, 1), (
-        _span(np.any(strokes, axis=1)),
-        _span(np.any(strokes, axis=0)),
-    )
+    grain = 3 * 1.4826 * float(np.median(np.abs(np.concatenate(_edges(relief)))))
+    above = relief[relief > grain]
+    peak = float(np.percentile(above, 90)) if above.size else 0.0
+    if peak < max(BLANK, 2 * grain):
+        return None
+    return np.where(relief > grain, np.minimum(relief / peak, 1), 0)
 
 
 def _fit(ink: np.ndarray) -> np.ndarray:
@@ -131,12 +144,8 @@ def _offset(profile: np.ndarray, side: int) -> int:
     return int(np.clip(np.ceil(FIELD / 2 - centre), 0, FIELD - side))
 
 
-def _range(grey: np.ndarray) -> int:
-    return int(grey.max()) - int(grey.min())
-
-
-def _border(grey: np.ndarray) -> np.ndarray:
-    return np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+def _edges(image: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    return image[0], image[-1], image[:, 0], image[:, -1]
 
 
 def _span(lit: np.ndarray) -> slice:

@@ -38,22 +38,28 @@ _CANCELLING_TOLERANCE = 2.0**-22
 class Taps:
     """Where a window lies on its map: the row of each of its rows, the column of each column.
 
-    Positions outside of ``[0, height)`` or ``[0, width)`` are padding; ``inside`` (KH, KW) says
-    so cell by cell.
+    ``inside`` (KH, KW) are the cells on the map, ``padded`` those on it or on its padding: all,
+    but for a pool's window that ceil mode lets hang over.
     """
 
     rows: tuple[int, ...]
     cols: tuple[int, ...]
     inside: Mask
+    padded: Mask
 
     @classmethod
     def of(cls, problem: Conv | Pool, at: Position) -> Taps:
         """The window of output ``at`` = (y, x)."""
-        rows = _positions(problem.rows, at[0], problem.height)
-        cols = _positions(problem.cols, at[1], problem.width)
-        row_in = np.array([0 <= row < problem.height for row in rows])
-        col_in = np.array([0 <= col < problem.width for col in cols])
-        return cls(rows, cols, row_in[:, None] & col_in[None, :])
+        rows, cols = (_positions(*axis) for axis in _axes(problem, at))
+        inside = np.zeros((len(rows), len(cols)), dtype=bool)
+        padded = inside.copy()
+        on_rows, on_cols = (
+            [k for k, _ in window.taps(o, n)] for window, o, n in _axes(problem, at)
+        )
+        inside[np.ix_(on_rows, on_cols)] = True
+        padded_rows, padded_cols = (window.padded_taps(o, n) for window, o, n in _axes(problem, at))
+        padded[np.ix_(padded_rows, padded_cols)] = True
+        return cls(rows, cols, inside, padded)
 
     def cut(self, maps: Array) -> Array:
         """The window (C, KH, KW) of maps (C, H, W); zeros in the padding."""
@@ -274,6 +280,10 @@ def _pool_trace(pool: Pool, at: Position, plane: Array) -> PoolTrace:
 
 def _maps(x: Tensor) -> Array:
     return x[0].detach().cpu().double().numpy()
+
+
+def _axes(problem: Conv | Pool, at: Position) -> tuple[tuple[Window, int, int], ...]:
+    return (problem.rows, at[0], problem.height), (problem.cols, at[1], problem.width)
 
 
 def _positions(window: Window, o: int, n: int) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,10 +85,10 @@ def _pool_part(found: Explanation, pool: PoolTrace) -> Iterator[RenderableType]:
     yield Text()
     if pool.winner is not None:
         y, x = pool.position(pool.winner)
-        yield Text(f"  largest: {number(pool.result)} at row {y}, column {x}")
+        yield Text(f"  largest: {number(pool.result).strip()} at row {y}, column {x}")
     elif pool.divisor is not None:
-        total = number(float(pool.values.sum()))
-        yield Text(f"  mean: sum {total} / {pool.divisor} = {number(pool.result)}")
+        total = float(pool.values.sum())
+        yield Text(f"  mean: sum {total:.5g} / {pool.divisor} = {pool.result:.5g}")
         yield Text(f"  divisor {pool.divisor}: {_divisor_words(pool)}", style="dim")
     yield from _padding_note(pool.taps, "never wins" if pool.divisor is None else "adds 0")
 
@@ -98,7 +99,7 @@ def _divisor_words(pool: PoolTrace) -> str:
     if not pool.problem.count_include_pad:
         return "the cells on the input, padding is not counted"
     if pool.divisor != pool.values.size:
-        return "the cells on the input and its padding; the rest hangs over (ceil mode)"
+        return "the cells on the input or its padding, none beyond (ceil mode)"
     return "the cells of the window" + ("" if pool.taps.inside.all() else ", padding is counted")
 
 
@@ -111,8 +112,8 @@ def _conv_part(
     of = size_text(found.layer.in_shape)
     title = "convolution"
     if found.pool is not None:
-        behind = "the winner" if found.pool.winner is not None else "the largest of them"
-        title = f"convolution behind {behind}, row {conv.at[0]}, column {conv.at[1]}"
+        which = "the winner" if found.pool.winner is not None else "the largest of them"
+        title = f"convolution at row {conv.at[0]}, column {conv.at[1]}: {which}"
     yield _rule(title, f"{_where(conv.taps)} of the {of} input")
     shown = _ranked(conv, show_all)
     for place in shown:
@@ -135,21 +136,23 @@ def _ranked(conv: ConvTrace, show_all: bool) -> list[int]:
 def _channel(conv: ConvTrace, place: int, width: int) -> Iterator[Text]:
     number = Numbers(conv.sums)
     title = Text(f"  input channel {conv.channels[place]}", style="bold")
-    yield title.append(f"   adds {number(float(conv.sums[place]))}", style="not bold")
+    yield title.append(f"   adds {number(float(conv.sums[place])).strip()}", style="not bold")
     window, kernel, products = (
         (array[place], Numbers(array)) for array in (conv.window, conv.kernel, conv.products)
     )
-    everywhere = Taps(conv.taps.rows, conv.taps.cols, np.ones_like(conv.taps.inside))
+    everywhere = replace(conv.taps, inside=np.ones_like(conv.taps.inside))
     grids = [
-        _titled("window", _grid(window[0], conv.taps, window[1])),
-        _titled("kernel", _grid(kernel[0], everywhere, kernel[1], labels=False)),
-        _titled("products", _grid(products[0], conv.taps, products[1], labels=False, signs=True)),
+        (" ", _titled("window", _grid(window[0], conv.taps, window[1]))),
+        ("x", _titled("kernel", _grid(kernel[0], everywhere, kernel[1], labels=False))),
+        (
+            "=",
+            _titled(
+                "products", _grid(products[0], conv.taps, products[1], labels=False, signs=True)
+            ),
+        ),
     ]
-    if sum(grid[0].cell_len for grid in grids) + 8 <= width:
-        yield from _indented(_side_by_side(grids, ("x", "=")))
-    elif max(grid[0].cell_len for grid in grids) + 2 <= width:
-        for grid in grids:
-            yield from _indented(grid)
+    if all(grid[0].cell_len + 2 <= width for _, grid in grids):
+        yield from _side_by_side(grids, width)
     else:
         yield from _largest_products(conv, place)
 
@@ -188,8 +191,8 @@ def _ledger(found: Explanation, conv: ConvTrace, shown: Sequence[int]) -> Iterat
         results.append((f"{act}: {ACTIVATIONS[act.name].formula}", conv.activated))
     if found.pool is not None:
         pool = found.pool
-        word = "largest" if pool.divisor is None else f"mean, divisor {pool.divisor}"
-        results.append((f"pool: {word} of its window", pool.result))
+        word = "largest" if pool.divisor is None else "mean"
+        results.append((f"{word} of the pool's window", pool.result))
     number = Numbers(np.array([value for _, value in rows + results]))
     size = max(len(label) for label, _ in rows + results)
     for place, (label, value) in enumerate(rows):
@@ -237,23 +240,28 @@ def _grid(
     labels: bool = True,
     signs: bool = False,
 ) -> list[Text]:
-    """Lines of equal width; ``labels``: with the row and column of each cell on its map."""
+    """Lines of equal width; ``labels``: with the row and column of each cell on its map.
+
+    ``signs`` colours positive and negative numbers. Only a grid with a winner has room for the
+    bracket behind a cell.
+    """
     cell = max([number.width, *(len(str(col)) for col in taps.cols if labels)])
-    margin = max(len(str(row)) for row in taps.rows) + 1 if labels else 0
-    head = "".join(f"{col:>{cell + 1}} " for col in taps.cols) if labels else ""
-    lines = [
-        Text(" " * margin + head if labels else " " * (cell + 2) * len(taps.cols), style="dim")
-    ]
+    behind = "" if winner is None else " "
+    margin = max(len(str(row)) for row in taps.rows) if labels else 0
+    edge = "|" if labels else ""
+    heads = [f" {col if labels else '':>{cell}}{behind}" for col in taps.cols]
+    lines = [Text(" " * (margin + len(edge)) + "".join(heads), style="dim")]
     for ky, row in enumerate(taps.rows):
-        line = Text(f"{row:>{margin - 1}} " if labels else "", style="dim")
+        line = Text(f"{row:>{margin}}{edge}" if labels else "", style="dim")
         for kx in range(len(taps.cols)):
             value = float(values[ky, kx])
             if not taps.inside[ky, kx]:
-                line.append(f"{_PADDING:>{cell + 1}} ", style="dim")
+                mark = _PADDING if taps.padded[ky, kx] else ""
+                line.append(f" {mark:>{cell}}{behind}", style="dim")
             elif (ky, kx) == winner:
                 line.append(f"[{number(value):>{cell}}]", style="not dim bold green")
             else:
-                line.append(f" {number(value):>{cell}} ", style=_style(value, signs))
+                line.append(f" {number(value):>{cell}}{behind}", style=_style(value, signs))
         lines.append(line)
     return lines
 
@@ -266,21 +274,29 @@ def _style(value: float, signs: bool) -> str:
 
 def _titled(title: str, grid: list[Text]) -> list[Text]:
     width = max(grid[0].cell_len, len(title) + 1)
-    lines = [Text(f" {title}".ljust(width), style="italic")]
     for line in grid:
         line.pad_right(width - line.cell_len)
-    return [*lines, *grid]
+    return [Text(f" {title}".ljust(width), style="italic"), *grid]
 
 
-def _side_by_side(grids: Sequence[list[Text]], signs: Sequence[str]) -> Iterator[Text]:
-    middle = 2 + (len(grids[0]) - 2) // 2
-    for row, lines in enumerate(zip(*grids, strict=True)):
-        joined = Text()
-        for place, line in enumerate(lines):
-            joined.append(line)
-            if place < len(signs):
-                joined.append(f" {signs[place] if row == middle else ' '} ", style="bold")
-        yield joined
+def _side_by_side(grids: Sequence[tuple[str, list[Text]]], width: int) -> Iterator[Text]:
+    """The grids, each after its sign, in as many rows as the terminal asks for."""
+    rows: list[list[tuple[str, list[Text]]]] = [[]]
+    for sign, grid in grids:
+        if sum(3 + other[0].cell_len for _, other in rows[-1]) + 2 + grid[0].cell_len > width:
+            rows.append([])
+        rows[-1].append((sign, grid))
+    for row in rows:
+        height = len(row[0][1])
+        for place in range(height):
+            if place == 1 and not any(grid[place].plain.strip() for _, grid in row):
+                continue  # a line for the columns' numbers that none of these grids has
+            line = Text()
+            for column, (sign, grid) in enumerate(row):
+                shown = sign if place == 2 + (height - 2) // 2 else ""
+                line.append(f"{shown:>2}" if column else f"{shown:<2}", style="bold")
+                line.append(grid[place])
+            yield line
 
 
 def _indented(lines: Iterable[Text]) -> Iterator[Text]:

@@ -24,7 +24,7 @@ def summary_view(
 
     ``all_parameters`` counts the model's own, those outside of the listed layers included.
     """
-    parts = [_layers(layers, in_shape), *_notes(_layer_notes(layers))]
+    parts: list[RenderableType] = [_layers(layers, in_shape), *_notes(_layer_notes(layers))]
     if any(stage.problem for info in layers for stage in info.stages):
         parts += [_sizes(layers), *_notes(_SIZE_NOTES)]
     parts += [_weights(layers), *_notes(_weight_notes(layers, all_parameters))]
@@ -152,7 +152,7 @@ def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int) -> list[str]
 
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:
-    return [Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes] + [Text()]
+    return [*(Padding(Text(note, style="dim"), (0, 0, 0, 1)) for note in notes), Text()]
 
 
 def _table(title: str) -> Table:

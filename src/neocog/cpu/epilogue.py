@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-
-from llvmlite import ir
+from typing import Any, TypeAlias
 
 from ..errors import Unsupported
 from ..steps import Act, Add, Affine, Bias, Pooling, Step
 from .lanes import Emitter
 
-Value = ir.Value
+Value: TypeAlias = Any  # an ir.Value; llvmlite is untyped
 
 
 def _relu(e: Emitter, v: Value, slope: float) -> Value:
@@ -91,21 +90,22 @@ def finish(
     epilogue: Sequence[Step],
     accumulators: list[Value],
     per_channel: dict[str, Value],
-    residual: Callable[[int], Value] | None,
+    residual: Callable[[int], Value],
 ) -> list[Value]:
     """All pointwise steps on the accumulators of one vector of channels.
 
     ``per_channel`` holds the loaded parameter vectors, ``residual(i)`` loads that of pixel i.
     """
-    steps: dict[type, Callable[[Step, int, Value], Value]] = {
-        Bias: lambda step, i, v: e.b.fadd(v, per_channel["bias"]),
-        Affine: lambda step, i, v: e.fma(v, per_channel["scale"], per_channel["shift"]),
-        Add: lambda step, i, v: e.b.fadd(v, residual(i)),
-        Act: lambda step, i, v: activate(e, step, v),
-    }
     for step in epilogue:
-        if not isinstance(step, Pooling):
-            accumulators = [steps[type(step)](step, i, v) for i, v in enumerate(accumulators)]
+        if isinstance(step, Bias):
+            accumulators = [e.b.fadd(v, per_channel["bias"]) for v in accumulators]
+        elif isinstance(step, Affine):
+            scale, shift = per_channel["scale"], per_channel["shift"]
+            accumulators = [e.fma(v, scale, shift) for v in accumulators]
+        elif isinstance(step, Add):
+            accumulators = [e.b.fadd(v, residual(i)) for i, v in enumerate(accumulators)]
+        elif isinstance(step, Act):
+            accumulators = [activate(e, step, v) for v in accumulators]
     return accumulators
 
 
@@ -113,6 +113,4 @@ def load_parameters(
     e: Emitter, epilogue: Sequence[Step], pointers: SimpleNamespace, offset: int, mask
 ) -> dict[str, Value]:
     """The parameter vectors of the channels from ``offset`` on."""
-    return {
-        name: e.vload(getattr(pointers, name), offset, mask) for name in parameters(epilogue)
-    }
+    return {name: e.vload(getattr(pointers, name), offset, mask) for name in parameters(epilogue)}

@@ -63,7 +63,7 @@ class _Mean:
         return e.b.fdiv(state[0], e.splat(divisor))
 
 
-REDUCTIONS = {"max": _Max, "mean": _Mean}
+REDUCTIONS: dict[str, type[_Max] | type[_Mean]] = {"max": _Max, "mean": _Mean}
 """As in neocog.reductions, in IR: the only other place to touch for a new pooling kind."""
 
 
@@ -89,7 +89,7 @@ class Sink:
 
 @dataclass
 class Bounds:
-    """One axis of one window clipped to the map: taps ``low <= k < high``; all of them: ``full``."""
+    """One axis of one window clipped to the map: taps ``low <= k < high``, all if ``full``."""
 
     start: Int
     low: ir.Value
@@ -118,7 +118,7 @@ def each_tap(
     rows: Bounds,
     cols: Bounds,
     carry: Sequence[ir.Value],
-    visit: Callable[..., Sequence[ir.Value]],
+    visit: Callable[..., Sequence[ir.Value] | None],
 ) -> list[ir.Value]:
     """``carry = visit(kh, kw, *carry)`` for every tap inside the map, in row-major order."""
     height, width = pool.rows.size, pool.cols.size
@@ -290,4 +290,3 @@ def emit(plan: PoolPlan) -> Kernel:
         e.loop(begin, end, item)
     kernel = compile_kernel(e, names)
     return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
-

@@ -55,8 +55,7 @@ class PoolBackwardPlan:
     def covers(self) -> bool:
         """Whether the windows leave no gap between them."""
         return self.disjoint and all(
-            w.dilation == 1 and w.stride == w.size
-            for w in (self.windows.rows, self.windows.cols)
+            w.dilation == 1 and w.stride == w.size for w in (self.windows.rows, self.windows.cols)
         )
 
     @property
@@ -84,7 +83,7 @@ FIELDS = (
 
 def fields(plan: PoolBackwardPlan) -> tuple[str, ...]:
     """What a step of this plan passes."""
-    names = FIELDS
+    names: tuple[str, ...] = FIELDS
     if plan.reads_result:
         names += ("result*", "result_image", "result_row", "result_pixel")
     if plan.pool and plan.selects:
@@ -159,7 +158,9 @@ def _window_row(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.
 
         def channels(first: Int, vectors: int, masks) -> None:
             for j in range(vectors):
-                _window(e, plan, f, image, row, o, (rows, cols), e.add(first, j * e.lanes), masks[j])
+                _window(
+                    e, plan, f, image, row, o, (rows, cols), e.add(first, j * e.lanes), masks[j]
+                )
 
         pooling.channel_blocks(e, plan.channels, channels)
 

@@ -14,6 +14,7 @@ import functools
 import os
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import llvmlite.binding as llvm
@@ -152,8 +153,8 @@ HEADER_WORDS = 4
 
 
 @functools.cache
-def driver():
-    """The compiled ``launch(bases, program, threads)`` that runs a program table.
+def _driver() -> tuple[Callable[..., None], Kernel]:
+    """The compiled ``launch(bases, program, threads)`` that runs a program table, and its owner.
 
     Every thread walks all steps, does its contiguous share of each step's items and waits at a
     barrier between steps. With one thread there is no region and no barrier.
@@ -180,8 +181,7 @@ def driver():
     launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
         kernel.address
     )
-    launch.kernel = kernel  # keeps the machine code alive
-    return launch
+    return launch, kernel
 
 
 def _walk(e: Emitter, context, threads, thread, parallel: bool) -> None:
@@ -199,3 +199,8 @@ def _walk(e: Emitter, context, threads, thread, parallel: bool) -> None:
             e.call_address(e.load(I64, program, 2), ir.FunctionType(VOID, []))
 
     e.loop(0, e.load(I64, program, 0), step)
+
+
+def launch(bases: object, program: int, threads: int) -> None:
+    """Run the program table at address ``program`` on the buffers in ``bases`` (a ctypes array)."""
+    _driver()[0](bases, program, threads)

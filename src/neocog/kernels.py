@@ -1,0 +1,31 @@
+"""Compiled kernels, kept by plan: a new batch or image size finds all of them compiled."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from .cpu import direct, pool, pool_backward, weight_gradient
+from .cpu.runtime import Kernel
+
+KERNELS_KEPT = 512
+
+EMITTERS: dict[type, Callable[[Any], Kernel]] = {
+    direct.DirectPlan: direct.emit,
+    pool.PoolPlan: pool.emit,
+    pool_backward.PoolBackwardPlan: pool_backward.emit,
+    weight_gradient.WeightGradientPlan: weight_gradient.emit,
+}
+
+
+@functools.lru_cache(KERNELS_KEPT)
+def kernel(plan: Any) -> Kernel:
+    """The compiled kernel of a plan."""
+    return EMITTERS[type(plan)](plan)
+
+
+@functools.lru_cache(KERNELS_KEPT)
+def copy_kernel(kind: Callable[..., Kernel], *args: Any) -> Kernel:
+    """A compiled copy kernel: ``kind`` is a function of :mod:`neocog.cpu.copy`."""
+    return kind(*args)

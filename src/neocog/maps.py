@@ -1,0 +1,142 @@
+"""Activations inside a program: NHWC maps with halos, and the tensors at a program's border.
+
+A convolution reads its input through a halo of zeros, so that no kernel knows about borders.
+Tensors come in PyTorch's two layouts; :func:`read` and :func:`deliver` add the steps that pack and
+unpack them where they are not already what a kernel needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .cpu import copy
+from .geometry import Window
+from .kernels import copy_kernel
+from .problem import Conv
+from .program import Place, Program
+from .target import Target
+
+NCHW, NHWC = "nchw", "nhwc"
+"""Layouts at the border: PyTorch's contiguous and channels_last."""
+
+
+@dataclass(frozen=True)
+class Map:
+    """An activation in NHWC: element (n, y, x, c) at ``place + n*image + y*row + x*pixel + c``."""
+
+    place: Place
+    image: int
+    row: int
+    pixel: int
+
+    @classmethod
+    def dense(cls, place: Place, channels: int, height: int, width: int) -> Map:
+        """Without a halo."""
+        return cls(place, height * width * channels, width * channels, channels)
+
+
+@dataclass(frozen=True)
+class Halo:
+    """Rows and columns of zeros around a map."""
+
+    top: int = 0
+    bottom: int = 0
+    left: int = 0
+    right: int = 0
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is none."""
+        return not (self.top or self.bottom or self.left or self.right)
+
+
+def halo_of(conv: Conv) -> Halo:
+    """The halo that the taps of ``conv`` reach, which may be less than its padding."""
+    top, bottom = _reach(conv.rows, conv.height)
+    left, right = _reach(conv.cols, conv.width)
+    return Halo(top, bottom, left, right)
+
+
+def _reach(window: Window, n: int) -> tuple[int, int]:
+    low = high = 0
+    for phase in window.phases(n):
+        offsets = [offset for _, offset in phase.taps]
+        if phase.count and offsets:
+            low = max(low, -min(offsets))
+            high = max(high, phase.stride * (phase.count - 1) + max(offsets) - (n - 1))
+    return low, high
+
+
+def scratch_map(p: Program, shape: Sequence[int], halo: Halo) -> tuple[Map, Place]:
+    """A map in scratch with room for its halo, and the halo's corner."""
+    batch, channels, height, width = shape
+    row = (width + halo.left + halo.right) * channels
+    image = (height + halo.top + halo.bottom) * row
+    corner = p.scratch(batch * image)
+    inside = corner + (halo.top * row + halo.left * channels)
+    return Map(inside, image, row, channels), corner
+
+
+def read(
+    p: Program,
+    target: Target,
+    place: Place,
+    layout: str,
+    shape: Sequence[int],
+    halo: Halo = Halo(),
+    own: bool = False,
+) -> Map:
+    """A tensor as NHWC with a halo: itself if it is that already (unless ``own``), else packed."""
+    batch, channels, height, width = shape
+    if layout == NHWC and halo.empty and not own:
+        return Map.dense(place, channels, height, width)
+    made, corner = scratch_map(p, shape, halo)
+    transpose = layout == NCHW and channels > 1
+    if transpose:
+        image, row, channel = channels * height * width, width, height * width
+    else:
+        image, row, channel = height * width * channels, width * channels, 1
+    rows = height + halo.top + halo.bottom
+    p.step(
+        copy_kernel(copy.pack, target, transpose), batch * rows,
+        x=place, x_image=image, x_row=row, x_channel=channel,
+        out=corner, out_image=made.image, out_row=made.row,
+        height=height, width=width, channels=channels,
+        top=halo.top, left=halo.left, right=halo.right, padded_height=rows,
+    )  # fmt: skip
+    return made
+
+
+def written(p: Program, place: Place, layout: str, shape: Sequence[int]) -> Map:
+    """The map a kernel writes for an output tensor: the tensor itself, or scratch."""
+    _, channels, height, width = shape
+    if layout == NHWC or channels == 1:
+        return Map.dense(place, channels, height, width)
+    return scratch_map(p, shape, Halo())[0]
+
+
+def deliver(p: Program, target: Target, m: Map, place: Place, layout: str, shape) -> None:
+    """Bring a written map to its output tensor, if it was scratch."""
+    batch, channels, height, width = shape
+    if layout == NHWC or channels == 1:
+        return
+    p.step(
+        copy_kernel(copy.transpose, target), batch * height,
+        x=m.place, x_image=m.image, x_row=m.row,
+        out=place, out_image=channels * height * width, out_row=width,
+        out_channel=height * width, height=height, width=width, channels=channels,
+    )  # fmt: skip
+
+
+def copy_out(p: Program, target: Target, m: Map, place: Place, shape: Sequence[int]) -> None:
+    """Copy the interior of a map to a dense NHWC tensor."""
+    batch, channels, height, width = shape
+    out = Map.dense(place, channels, height, width)
+    p.step(
+        copy_kernel(copy.pack, target, False), batch * height,
+        x=m.place, x_image=m.image, x_row=m.row, x_channel=1,
+        out=out.place, out_image=out.image, out_row=out.row,
+        height=height, width=width, channels=channels,
+        top=0, left=0, right=0, padded_height=height,
+    )  # fmt: skip

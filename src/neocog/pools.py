@@ -1,0 +1,67 @@
+"""The steps of a pool and of its gradient, inside a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .cpu import pool, pool_backward
+from .kernels import kernel
+from .maps import NHWC, Map, read
+from .problem import Act, Pool, Pooling
+from .program import Place, Program
+from .target import Target
+
+
+def pool_steps(
+    p: Program, target: Target, problem: Pool, x: Map, out: Map, winners: Place | None
+) -> None:
+    """One pool from map to map; ``winners`` says where to keep them (max), dense NHWC."""
+    _, channels, rows, cols = problem.out_shape
+    fields: dict[str, Place | int] = {}
+    if winners is not None:
+        fields = {"winners": winners, "winners_row": cols * channels, "winners_pixel": channels}
+    p.step(
+        kernel(pool.PoolPlan(target, problem.step, channels, winners is not None)),
+        problem.batch * rows,
+        x=x.place, x_image=x.image, x_row=x.row, x_pixel=x.pixel,
+        height=problem.height, width=problem.width,
+        out=out.place, out_image=out.image, out_row=out.row, out_pixel=out.pixel,
+        rows=rows, cols=cols, **fields,
+    )  # fmt: skip
+    p.work += problem.batch * channels * problem.height * problem.width
+
+
+def unpool(
+    p: Program,
+    target: Target,
+    pooling: Pooling | None,
+    act: Act,
+    shape: Sequence[int],
+    pooled_shape: Sequence[int],
+    grad: Map,
+    out: Map,
+    result_layout: str = NHWC,
+) -> None:
+    """The gradient ``out`` of a map of ``shape`` from that of its activated and pooled result.
+
+    Reads the call buffers ``result`` (if the activation needs it) and ``winners`` (max).
+    """
+    batch, channels, height, width = shape
+    _, _, rows, cols = pooled_shape
+    plan = pool_backward.PoolBackwardPlan(target, channels, act, pooling)
+    fields: dict[str, Place | int] = {}
+    if plan.reads_result:
+        of = pooled_shape if plan.result_per_window else shape
+        result = read(p, target, p.buffer("result"), result_layout, of)
+        fields |= {"result": result.place, "result_image": result.image,
+                   "result_row": result.row, "result_pixel": result.pixel}  # fmt: skip
+    if pooling and plan.selects:
+        fields |= {"winners": p.buffer("winners"), "winners_row": cols * channels,
+                   "winners_pixel": channels}  # fmt: skip
+    p.step(
+        kernel(plan), pool_backward.items(plan, batch, rows),
+        grad=grad.place, grad_image=grad.image, grad_row=grad.row, grad_pixel=grad.pixel,
+        rows=rows, cols=cols, out=out.place, out_image=out.image, out_row=out.row,
+        out_pixel=out.pixel, height=height, width=width, **fields,
+    )  # fmt: skip
+    p.work += batch * channels * height * width
