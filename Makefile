@@ -16,9 +16,9 @@ CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
 IS_NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH)' 2>/dev/null && echo $(p))))
 
-# One worker a core; the kernels' own threads would only get in each other's way.
-PYTEST_ARGS ?=
+# Two test processes suit the smallest machines; WORKERS=0 runs the tests in one, for a debugger.
 WORKERS ?= 2
+PYTEST_ARGS ?=
 
 .PHONY: install demo test check bench clean
 

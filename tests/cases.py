@@ -221,6 +221,7 @@ POOLS: tuple[Case, ...] = (
         "max n1 c3x6x7 2x2 s3 ceil",
         "max n1 c3x7x6 3x3 s2 p1 ceil",
         "max n1 c3x5x5 2x2 s4 p1 ceil",
+        "max n1 c3x2x2 3x3 s2 ceil",
     ),
     *_cases(
         "max: map sizes, channel counts, batches",
@@ -243,6 +244,7 @@ POOLS: tuple[Case, ...] = (
         "mean n1 c3x7x8 3x3 s2 p1,0,1,1",
         "mean n1 c3x8x9 3x3 s2 ceil",
         "mean n1 c3x7x6 3x3 s2 p1 ceil",
+        "mean n1 c3x2x3 3x4 s2 ceil",
         "mean n2 c16x7x7 7x7",
         "mean n1 c19x6x5 2x3 s1x2 p1",
         "mean n1 c3x1x12 1x3 s1x2 p0,0,1,1",

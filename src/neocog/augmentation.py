@@ -20,6 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+KNOTS = 5
+"""Points along each axis at which a picture is bent."""
+
 
 @dataclass(frozen=True)
 class Augmentation:
@@ -30,6 +33,8 @@ class Augmentation:
         scale: as a share of the size.
         shear: sideways, as a share of the height.
         shift: along each axis, in pixels.
+        bend: at each of :data:`KNOTS` x :data:`KNOTS` points, as a share of the size; in between
+            smoothly. What all points would move in common is taken off again: no shift.
         fill: what comes in from outside: ``"zeros"`` (black), or ``"border"`` (the border's own
             pixels), for pictures that are not dark there.
     """
@@ -38,6 +43,7 @@ class Augmentation:
     scale: float = 0.1
     shear: float = 0.1
     shift: float = 0.0
+    bend: float = 0.0
     fill: str = "zeros"
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:
@@ -53,6 +59,8 @@ class Augmentation:
         grid = F.affine_grid(
             self._matrices(images.shape, generator), list(images.shape), align_corners=False
         )
+        if self.bend:
+            grid = grid + self._bends(images.shape, generator)
         return F.grid_sample(
             images.to(torch.float32), grid, padding_mode=self.fill, align_corners=False
         )
@@ -74,3 +82,11 @@ class Augmentation:
         x = torch.stack([cos, spread(self.shear) - sin, spread(2 * self.shift / width)], dim=1)
         y = torch.stack([sin, cos, spread(2 * self.shift / height)], dim=1)
         return torch.stack([x, y], dim=1)
+
+    def _bends(self, shape: torch.Size, generator: Generator) -> Tensor:
+        """[N, H, W, 2]: by how much to look elsewhere at each position, in half widths."""
+        count, _, height, width = shape
+        knots = 2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1
+        knots = (knots - knots.mean(dim=(2, 3), keepdim=True)) * 2 * self.bend
+        smooth = F.interpolate(knots, (height, width), mode="bicubic", align_corners=True)
+        return smooth.permute(0, 2, 3, 1)

@@ -143,7 +143,7 @@ class LoadedModel:
 
 
 def save(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes a checkpoint atomically (:func:`neocog.files.write_atomically`, whose errors it raises)."""
+    """Writes a checkpoint atomically; OSError as :func:`neocog.files.write_atomically`."""
     tensors = dict(checkpoint.tensors)
     tensors |= {RESUME + name: tensor for name, tensor in checkpoint.resume_tensors.items()}
     metadata = {"neocog": checkpoint.header.to_json()}

@@ -287,9 +287,7 @@ def _assemble(
     elif test is None:
         train, test = _hold_out(*train, test_fraction, seed=0)
         if test is None:
-            raise InvalidData(
-                f"{name}: {SCARCE}, expected 2 or more in some class, to test with one"
-            )
+            raise InvalidData(f"{name}: {SCARCE}, expected at least 2, of which one to test with")
         notes.append(f"no test part: {len(test[1])} pictures of all classes held out as one")
     if val is None and val_fraction > 0:
         train, val = _hold_out(*train, val_fraction, seed)

@@ -3,7 +3,7 @@
 It names the layers from the input to the output, joined by ``-``:
 
     32C3   32 kernels of 3x3, zero padding that keeps the size, ReLU
-    32C3p0 the same with zero padding 0 on all sides
+    32C3p1 likewise, with a zero padding of 1 on every side; p0: none
     P2     max pool: 2x2 windows side by side
     A2     average pool, likewise
     120    fully connected to 120 units, ReLU
@@ -24,7 +24,7 @@ from torch import nn
 
 from . import nn as neocog_nn
 from .errors import InvalidModel, InvalidProblem
-from .geometry import Window, same_padding
+from .geometry import Window
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""
@@ -120,8 +120,8 @@ def parse(
 
     Raises:
         InvalidModel: a token that means nothing, naming it.
-        InvalidProblem: a pool larger than what reaches it, with the formula and its numbers, or a
-            layer too large to hold.
+        InvalidProblem: a kernel or pool larger than what reaches it, with the formula and its
+            numbers, or a layer too large to hold.
     """
     if len(in_shape) != 3 or any(size < 1 for size in in_shape):
         raise InvalidProblem(
@@ -154,7 +154,8 @@ def _layer(token: str, position: int, architecture: str) -> Layer:
     if match is None:
         raise InvalidModel(
             f"architecture {architecture!r}: token {position}, {token!r}, means nothing; expected "
-            "32C3 (32 kernels of 3x3), P2 (max pool 2), A2 (average pool 2) or a number of units"
+            "32C3 (32 kernels of 3x3; 32C3p0: padding 0), P2 (max pool 2), A2 (average pool 2) or "
+            "a number of units"
         )
     groups = match.groupdict()
     if any(groups[key] and int(groups[key]) == 0 for key in ("kernels", "conv", "pool", "units")):
@@ -178,33 +179,30 @@ def _sized(
     for position, layer in enumerate(found, 1):
         yield layer, (channels, height, width)
         where = f"architecture {architecture!r}, layer {position}"
-        if isinstance(layer, Dense):
-            _check_weights(layer.units * channels * height * width, where)
-            channels, height, width = layer.units, 1, 1
-            continue
         if isinstance(layer, Convolution):
             _check_weights(layer.kernels * channels * layer.size**2, where)
-        _check_fits(layer, height, width, where)
-        window = _window(layer)
-        height, width = window.out_size(height), window.out_size(width)
-        channels = layer.kernels if isinstance(layer, Convolution) else channels
+            channels = layer.kernels
+            if layer.padding is not None:
+                window = Window(layer.size, low=layer.padding, high=layer.padding)
+                height, width = _through(window, height, width, f"{where}: kernel")
+        elif isinstance(layer, Pool):
+            window = Window(layer.size, stride=layer.size)
+            height, width = _through(window, height, width, f"{where}: pool")
+        else:
+            _check_weights(layer.units * channels * height * width, where)
+            channels, height, width = layer.units, 1, 1
 
 
-def _window(layer: Convolution | Pool) -> Window:
-    if isinstance(layer, Pool):
-        return Window(layer.size, stride=layer.size)
-    low, high = same_padding(layer.size) if layer.padding is None else (layer.padding,) * 2
-    return Window(layer.size, low=low, high=high)
-
-
-def _check_fits(layer: Convolution | Pool, height: int, width: int, where: str) -> None:
-    name, window = "pool" if isinstance(layer, Pool) else "kernel", _window(layer)
+def _through(window: Window, height: int, width: int, what: str) -> tuple[int, int]:
+    """The size behind a square window; InvalidProblem if it is larger than what reaches it."""
     for axis, n in (("height", height), ("width", width)):
         if window.out_size(n) < 1:
+            padded = f", padded by {window.low}" if window.low else ""
             raise InvalidProblem(
-                f"{where}: {name} {layer.size}x{layer.size} is larger than the {height}x{width} "
-                f"that reach it: {axis} {window.formula(n)}, expected at least 1"
+                f"{what} {window.size}x{window.size} is larger than the {height}x{width} that "
+                f"reach it{padded}: {axis} {window.formula(n)}, expected at least 1"
             )
+    return window.out_size(height), window.out_size(width)
 
 
 def _check_weights(count: int, where: str) -> None:

@@ -97,7 +97,7 @@ def size_lines(stage: Stage) -> list[tuple[str, str]]:
 def _indices(axis: str, indices: tuple[int, ...]) -> str:
     shown = ", ".join(str(index) for index in indices[:_LISTED])
     more = f" and {len(indices) - _LISTED} more" if len(indices) > _LISTED else ""
-    return f"{axis}{'s' if len(indices) > 1 else ''} {shown}{more}"
+    return f"{axis}{_plural(len(indices))} {shown}{more}"
 
 
 def _weights(layers: Sequence[LayerInfo]) -> Table:
@@ -105,7 +105,8 @@ def _weights(layers: Sequence[LayerInfo]) -> Table:
     table.add_column("#", justify="right", style="cyan")
     table.add_column("weights")
     table.add_column("biases", justify="right", no_wrap=True)
-    table.add_column("if fully connected:\nweights + biases", justify="right")
+    beside = "if fully connected:\nweights + biases" if _convolves(layers) else ""
+    table.add_column(beside, justify="right")
     table.add_column("multiply-\nadds", justify="right", no_wrap=True)
     for info in layers:
         for stage in info.stages:
@@ -117,17 +118,21 @@ def _weights(layers: Sequence[LayerInfo]) -> Table:
     return table
 
 
+def _convolves(layers: Sequence[LayerInfo]) -> bool:
+    return any(isinstance(info.stages[0].problem, Conv) for info in layers)
+
+
 def _weight_cells(info: LayerInfo, stage: Stage) -> tuple[str | Text, str, str, str]:
     problem = stage.problem
     if isinstance(problem, Pool):
-        kept = f"no weights, {problem.channels} channels kept"
+        kept = f"no weights, {problem.channels} channel{_plural(problem.channels)} kept"
         return Text(kept, style="dim"), "", "", ""
     work = "?" if info.multiply_adds is None else f"{info.multiply_adds:,}"
     if info.shared_with is not None and isinstance(problem, Conv):
         return Text(f"those of layer {info.shared_with}", style="dim"), "", "", work
     if isinstance(problem, Conv):
         kernels, *each = problem.weight_shape
-        weights = f"{kernels} kernel{'s' if kernels > 1 else ''} of {size_text(each)}"
+        weights = f"{kernels} kernel{_plural(kernels)} of {size_text(each)}"
         dense = f"{info.dense_weights:,} + {info.dense_biases:,}"
         return f"{weights} = {info.weights:,}", f"{info.biases:,}", dense, work
     if info.weights == info.biases == 0:
@@ -140,7 +145,7 @@ def _weight_cells(info: LayerInfo, stage: Stage) -> tuple[str | Text, str, str, 
 
 def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int) -> list[str]:
     notes = []
-    if any(isinstance(info.stages[0].problem, Conv) for info in layers):
+    if _convolves(layers):
         notes.append("a kernel: input channels x height x width, one for each output channel")
         notes.append(
             "fully connected: every input to every output of the convolution, C*H*W*K*OH*OW"
@@ -149,6 +154,10 @@ def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int) -> list[str]
     if outside:
         notes.append(f"{outside:,} more parameters belong to no layer that this input passes")
     return notes
+
+
+def _plural(count: int) -> str:
+    return "" if count == 1 else "s"
 
 
 def _notes(notes: Sequence[str]) -> list[RenderableType]:

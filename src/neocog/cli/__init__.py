@@ -1,0 +1,78 @@
+"""The ``neocog`` command: its subcommands, and what becomes of their errors.
+
+Whatever is the user's to put right ends in one line on stderr, ``error: ...``, and exit code 2;
+Ctrl-C in exit code 130. Anything else is a mistake of neocog's own and shows its traceback.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import NeocogError
+
+
+class ErrorsInOneLine(TyperGroup):
+    """A group of commands that reports expected errors without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command; NeocogError and OSError become a line and exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:  # `neocog ... | head`: Typer ends quietly
+            raise
+        except (NeocogError, OSError) as error:
+            typer.echo(f"error: {_in_one_line(error)}", err=True)
+            raise typer.Exit(2) from error
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        torch = metadata.version("torch")  # asked for without importing it, which takes seconds
+        typer.echo(f"neocog {__version__} (torch {torch})")
+        raise typer.Exit()
+
+
+def build_app() -> typer.Typer:
+    """The whole command line."""
+    from . import looking, machine, reading, training
+
+    app = typer.Typer(
+        name="neocog",
+        cls=ErrorsInOneLine,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(neocog)
+    for module in (training, reading, looking, machine):
+        module.register(app)
+    return app
+
+
+def neocog(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version and exit.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    """Convolution and pooling layers for PyTorch, compiled for each layer."""
+
+
+def main() -> None:
+    """Runs the command line of this process."""
+    build_app()()
+
+
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())

@@ -1,0 +1,110 @@
+"""How ``evaluate`` and ``predict`` look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..evaluation import Evaluation
+from .shared import bar, percent
+
+MATRIX = 20
+"""Up to so many classes the confusion matrix is drawn; beyond, its largest entries are listed."""
+
+
+def print_evaluation(source: str, name: str, notes: Sequence[str], result: Evaluation) -> None:
+    """Accuracy, a table by class and the confusion matrix."""
+    console = Console(highlight=False)
+    for note in notes:
+        console.print(Text(f"note: {note}", style="dim"))
+    right = round(result.accuracy * result.count)
+    console.print(
+        Text.assemble(
+            (f"{percent(result.accuracy)} ", "bold"),
+            f"of the {result.count:,} test pictures of {name} read rightly ({right:,}) by {source}",
+        )
+    )
+    console.print()
+    console.print(_by_class(result))
+    console.print()
+    console.print((_confusion if len(result.classes) <= MATRIX else _confused)(result))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a network reads in a picture: ``top`` holds (class, probability), likeliest first."""
+
+    path: str
+    notes: tuple[str, ...]
+    top: list[tuple[str, float]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for JSON."""
+        top = [{"class": name, "probability": share} for name, share in self.top]
+        return {"image": self.path, "notes": list(self.notes), "top": top}
+
+
+def print_predictions(predictions: Sequence[Prediction]) -> None:
+    """Each picture with its notes and its likeliest classes."""
+    console = Console(highlight=False)
+    width = max(len(name) for prediction in predictions for name, _ in prediction.top)
+    for prediction in predictions:
+        console.print(Text(prediction.path, style="bold"), soft_wrap=True)
+        for note in prediction.notes:
+            console.print(Text(f"  note: {note}", style="dim"))
+        for name, share in prediction.top:
+            line = Text(f"  {name:{width}s}  {percent(share):>7s}  ")
+            console.print(line.append(bar(share, console.options.ascii_only), style="cyan"))
+
+
+def _by_class(result: Evaluation) -> Table:
+    table = Table(title="by class", title_justify="left", box=None, pad_edge=False)
+    table.add_column("class")
+    for heading in ("pictures", "of these recognised", "of those taken for it right"):
+        table.add_column(heading, justify="right")
+    for row in result.classes:
+        table.add_row(row.name, f"{row.count:,}", percent(row.recall), percent(row.precision))
+    return table
+
+
+def _confusion(result: Evaluation) -> Table:
+    """Rows are what is in the picture, columns what it was taken for; zeros are left out."""
+    table = Table(
+        title="in the picture (rows), taken for (columns)",
+        title_justify="left",
+        box=None,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for row in result.classes:
+        table.add_column(row.name, justify="right")
+    for truth, (row, counts) in enumerate(zip(result.classes, result.confusion, strict=True)):
+        cells = [
+            Text(str(n) if n else ".", style="bold green" if i == truth else "red" if n else "dim")
+            for i, n in enumerate(counts)
+        ]
+        table.add_row(row.name, *cells)
+    return table
+
+
+def _confused(result: Evaluation) -> Table:
+    """The ten most frequent confusions."""
+    names = [row.name for row in result.classes]
+    pairs = [
+        (count, names[truth], names[answer])
+        for truth, row in enumerate(result.confusion)
+        for answer, count in enumerate(row)
+        if count and truth != answer
+    ]
+    table = Table(title="most often confused", title_justify="left", box=None, pad_edge=False)
+    table.add_column("in the picture")
+    table.add_column("taken for")
+    table.add_column("pictures", justify="right")
+    for count, truth_name, answer_name in sorted(pairs, key=lambda pair: -pair[0])[:10]:
+        table.add_row(truth_name, answer_name, str(count))
+    return table

@@ -1,0 +1,50 @@
+"""Options and helpers that the commands around training share."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+BAR = 24
+"""Characters of a bar of 100 %."""
+
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", metavar="N", help="Threads to compute with.", show_default="torch's choice"
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+
+
+def use_threads(threads: int | None) -> None:
+    """Makes torch, and with it neocog, compute with so many; None leaves its choice."""
+    import torch
+
+    from ..training import InvalidSetting
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise InvalidSetting(f"--threads {threads}: expected at least 1")
+    torch.set_num_threads(threads)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value as JSON, which knows no NaN."""
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def percent(share: float) -> str:
+    """``98.7 %``."""
+    return f"{100 * share:.1f} %"
+
+
+def bar(share: float, ascii_only: bool) -> str:
+    """A bar of up to :data:`BAR` characters, to an eighth of one where the terminal can."""
+    if ascii_only:
+        return "#" * round(share * BAR)
+    whole, part = divmod(round(share * BAR * 8), 8)
+    return "█" * whole + " ▏▎▍▌▋▊▉"[part].strip()

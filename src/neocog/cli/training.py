@@ -1,0 +1,169 @@
+"""The command ``train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .shared import JsonOption, ThreadsOption, print_json, use_threads
+
+if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
+    from ..runs import Run
+    from ..training import Trainer
+
+
+def register(app: typer.Typer) -> None:
+    """Adds the command to the command line."""
+    app.command()(train)
+
+
+def train(
+    path: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[PATH]",
+            help="IDX files as MNIST's, or a folder of class folders.",
+            show_default="5,000 handwritten digits that neocog brings along",
+        ),
+    ] = None,
+    arch: Annotated[
+        str | None,
+        typer.Option(
+            "--arch",
+            metavar="LAYERS",
+            help="Kernels C size, P(ool) size, A(verage pool) size, units; the last are classes.",
+            show_default="32C3-P2-64C3-P2-<classes>",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None, typer.Option(metavar="N", help="Rounds through the data.", show_default="20")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(metavar="N", help="Pictures a step.", show_default="64")
+    ] = None,
+    lr: Annotated[
+        float | None,
+        typer.Option(metavar="RATE", help="The highest learning rate.", show_default="0.002"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Of all that is random.", show_default="0")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="cpu or cuda.", show_default="cpu")
+    ] = None,
+    threads: ThreadsOption = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The run directory to make, new or empty.",
+            show_default="runs/<data>-<n>",
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Go on with the run in this directory.")
+    ] = None,
+    size: Annotated[
+        int | None, typer.Option(metavar="N", help="Resize all pictures to N x N.")
+    ] = None,
+    no_mlp: Annotated[
+        bool, typer.Option("--no-mlp", help="Train no multilayer perceptron to compare with.")
+    ] = False,
+    no_augment: Annotated[
+        bool, typer.Option("--no-augment", help="Show the training pictures as they are.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Train a network on pictures, and a multilayer perceptron beside it to compare with.
+
+    At the end both are judged on the test pictures, as they are and shifted. Ctrl-C stops; what is
+    finished can be gone on with by --resume.
+    """
+    from .training_view import TrainingView
+
+    view = TrainingView(to_stderr=as_json)
+    settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
+    settings |= {"architecture": arch, "mlp": False if no_mlp else None}
+    settings |= {"augment": False if no_augment else None}
+    given = {name: value for name, value in settings.items() if value is not None}
+    if resume is not None:
+        others = {"PATH": path, "device": device, "out": out, "size": size}
+        _refuse_beside_resume(resume, {**others, **given})
+        run, trainer = _resumed(resume, threads, view.notes)
+    else:
+        run, trainer = _begun(path, size, given, device or "cpu", threads, out, view.notes)
+    try:
+        view.begin(run, trainer)
+        _train(run, trainer, view)
+        metrics = run.finish(trainer)
+    except KeyboardInterrupt:
+        view.stopped(run, len(trainer.history))
+        raise typer.Exit(130) from None
+    if as_json:
+        print_json({"run": str(run.folder), **metrics})
+    else:
+        view.results(run, metrics)
+
+
+def _begun(
+    path: Path | None,
+    size: int | None,
+    given: dict[str, Any],
+    device: str,
+    threads: int | None,
+    out: Path | None,
+    note: Any,
+) -> tuple[Run, Trainer]:
+    """A new run; everything that can be wrong is found before its directory is made."""
+    import torch
+
+    from ..runs import Run, Source, preprocessing_of
+    from ..training import Settings, Trainer, choose_device
+
+    Settings(**given)
+    where = choose_device(device)
+    use_threads(threads)
+    source = Source(None if path is None else str(path.absolute()), size)
+    found = source.load(given.get("seed", 0))
+    note(found.notes)
+    given.setdefault("architecture", f"32C3-P2-64C3-P2-{len(found.classes)}")
+    trainer = Trainer(found, Settings(**given), preprocessing_of(found), where)
+    run = Run.create(trainer, source, out=out, threads=torch.get_num_threads())
+    return run, trainer
+
+
+def _resumed(folder: Path, threads: int | None, note: Any) -> tuple[Run, Trainer]:
+    from ..runs import Run
+
+    run = Run.open(folder)
+    use_threads(run.threads if threads is None else threads)
+    if threads is not None and threads != run.threads:
+        note([f"begun with --threads {run.threads}: the last digits may come out otherwise"])
+    found = run.load_data()
+    return run, run.resume(found)
+
+
+def _refuse_beside_resume(folder: Path, given: dict[str, Any]) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        name = {"architecture": "arch", "mlp": "no-mlp", "augment": "no-augment"}.get(
+            names[0], names[0].replace("_", "-")
+        )
+        shown = name if name == "PATH" else f"--{name}"
+        from ..training import InvalidSetting
+
+        raise InvalidSetting(
+            f"{shown} does not go with --resume: a run goes on as it began "
+            f"({folder / 'config.json'})"
+        )
+
+
+def _train(run: Run, trainer: Trainer, view: Any) -> None:
+    """The epochs that are left."""
+    with view.progress(trainer) as on_step:
+        while not trainer.finished:
+            row = trainer.run_epoch(on_step)
+            run.save(trainer)
+            view.epoch(row)

@@ -1,0 +1,180 @@
+"""How ``train`` looks on a terminal."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from ..models import weight_count
+from ..runs import Run
+from ..training import OnStep, Trainer
+from .shared import BAR, bar, percent
+
+NAMES = {"cnn": "network", "mlp": "perceptron"}
+COLOURS = {"cnn": "cyan", "mlp": "dark_orange"}
+
+
+class TrainingView:
+    """What ``train`` shows while it runs and when it is done.
+
+    ``to_stderr`` keeps stdout free for JSON.
+    """
+
+    def __init__(self, to_stderr: bool = False) -> None:
+        self.console = Console(stderr=to_stderr, highlight=False)
+        self._epochs = 0
+
+    def notes(self, notes: Iterable[str]) -> None:
+        """What was done to the data."""
+        for note in notes:
+            self.console.print(Text(f"note: {note}", style="dim"))
+
+    def begin(self, run: Run, trainer: Trainer) -> None:
+        """What is about to be trained, and where."""
+        found = trainer.data
+        self._epochs = trainer.settings.epochs
+        counts = f"{len(found.train):,} to learn, {len(trainer.val):,} to choose the best epoch"
+        self.console.print(f"pictures    {counts}, {len(found.test):,} to test")
+        for name, learner in trainer.learners.items():
+            weights = weight_count(learner.model)
+            self.console.print(f"{NAMES[name]:11s} {learner.architecture}, {weights:,} weights")
+        if trainer.settings.mlp and "mlp" not in trainer.learners:
+            self.console.print("no convolution in it: nothing to compare with a perceptron")
+        on = "neocog's kernels on the CPU"
+        if trainer.device.type != "cpu":
+            on = f"PyTorch's own kernels on {trainer.device}: neocog's are for the CPU"
+        done = f", {len(trainer.history)} epochs are done" if trainer.history else ""
+        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
+        self.console.print(f"computed by {on}, {threads}, seed {run.settings.seed}")
+        self.console.print(f"run         {run.folder}{done}\n")
+        self.console.print("loss on the training pictures, share of the validation pictures right:")
+
+    @contextmanager
+    def progress(self, trainer: Trainer) -> Iterator[OnStep]:
+        """A live bar over all epochs; the function it yields moves it by one step."""
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        shown = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        total = trainer.settings.epochs * trainer.steps
+        with shown:
+            task = shown.add_task("", total=total, completed=len(trainer.history) * trainer.steps)
+
+            def on_step(step: int, steps: int, losses: dict[str, float]) -> None:
+                epoch = len(trainer.history) + 1
+                text = ", ".join(f"{loss:.3f}" for loss in losses.values())
+                text = f"epoch {epoch}/{trainer.settings.epochs} loss {text}"
+                shown.update(task, advance=1, description=text)
+
+            yield on_step
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """One line for a finished epoch."""
+        width = len(str(self._epochs))
+        line = Text(f"epoch {row['epoch']:{width}d}/{self._epochs}")
+        for name in (name for name in NAMES if name in row):
+            part = row[name]
+            line.append(f"   {NAMES[name]} ", style=COLOURS[name])
+            line.append(f"loss {part['loss']:.3f}, {percent(part['val_accuracy'])}")
+        self.console.print(line)
+
+    def stopped(self, run: Run, epochs: int) -> None:
+        """After Ctrl-C."""
+        folder = shlex.quote(str(run.folder))
+        self.console.print(
+            f"\nstopped; {epochs} of {run.settings.epochs} epochs are kept. Go on by"
+        )
+        self._command(f"train --resume {folder}")
+
+    def results(self, run: Run, metrics: Mapping[str, Any]) -> None:
+        """The accuracies, the shift table and what to type next."""
+        self.console.print()
+        self.console.print(_accuracies(metrics))
+        self.console.print()
+        self.console.print(_shift_chart(metrics["shifted"], self.console.options.ascii_only))
+        self.console.print(
+            "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n"
+            "Neither was shown a shifted picture in training.\n"
+            if "mlp" in metrics["shifted"]["0"]
+            else "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n",
+            style="dim",
+        )
+        self.console.print(f"{metrics['seconds']:.1f} s of training. In {run.folder}:")
+        files = sorted(path.name for path in run.folder.iterdir())
+        self.console.print(Padding(", ".join(files), (0, 0, 0, 2)))
+        self.console.print("\nNext:")
+        for command in _next_commands(run.folder, metrics["examples"]):
+            self._command(command)
+
+    def _command(self, arguments: str) -> None:
+        # In one piece however narrow the terminal is, so that it can be copied.
+        self.console.print(Text(f"  {program()} {arguments}", style="bold"), soft_wrap=True)
+
+
+def program() -> str:
+    """How this program was called, so that what it prints can be typed as it stands."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m neocog"
+    found = shutil.which(called.name)
+    if found is not None and Path(found).resolve() == called.resolve():
+        return called.name
+    return shlex.quote(str(called))
+
+
+def _accuracies(metrics: Mapping[str, Any]) -> Table:
+    table = Table(title="read rightly", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "layers"):
+        table.add_column(heading)
+    for heading in ("weights", "best epoch", "validation", "test"):
+        table.add_column(heading, justify="right")
+    for name, architecture in metrics["architecture"].items():
+        table.add_row(
+            Text(NAMES[name], style=COLOURS[name]),
+            architecture,
+            f"{metrics['weights'][name]:,}",
+            str(metrics["best_epoch"][name]),
+            percent(metrics["val_accuracy"][name]),
+            Text(percent(metrics["shifted"]["0"][name]), style="bold"),
+        )
+    return table
+
+
+def _shift_chart(shifted: Mapping[str, Mapping[str, float]], ascii_only: bool) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("shifted by", justify="right")
+    for name in shifted["0"]:
+        table.add_column(NAMES[name], min_width=8 + BAR)
+    for pixels, row in shifted.items():
+        cells = [
+            Text(f"{percent(share):>7s} ").append(bar(share, ascii_only), style=COLOURS[name])
+            for name, share in row.items()
+        ]
+        table.add_row(f"{pixels} pixel{'' if pixels == '1' else 's'}", *cells)
+    return table
+
+
+def _next_commands(folder: Path, examples: Mapping[str, str | None]) -> Iterator[str]:
+    run = shlex.quote(str(folder))
+    pictures = [shlex.quote(str(folder / name)) for name in examples.values() if name]
+    yield f"evaluate {run}"
+    yield f"summary {run}"
+    if pictures:
+        yield f"predict {run} {' '.join(pictures)}"
+        yield f"explain {run} {pictures[0]} --layer 1 --channel 0 --at 0,0"

@@ -1,0 +1,339 @@
+"""The directory of a run: everything a training leaves, and all that is needed to go on with one.
+
+    config.json        what was asked for, and the data's fingerprint
+    last.safetensors   the state after the last finished epoch, to resume from
+    best.safetensors   the network at its best validation accuracy; mlp.safetensors likewise
+    metrics.json       the results: accuracies, shift table, history
+    training.png  shifts.png  right-*.png  wrong-*.png
+
+Each file is written whole or not at all. In what order does not matter: whatever a killed run
+left unfinished, the resumed one does again, with the same result.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import itertools
+import json
+import platform
+import re
+import shutil
+import tempfile
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import data, images, models, plots, shifts
+from .checkpoint import BEST, LAST, Checkpoint, Header, Preprocessing, build, load, save
+from .data import DataSet
+from .errors import InvalidData, InvalidModel
+from .evaluation import evaluate, logits
+from .files import remove_leftovers, write_atomically
+from .training import InvalidSetting, Settings, Trainer, choose_device
+
+CONFIG, METRICS = "config.json", "metrics.json"
+FORMAT = 1
+FILES = {"cnn": BEST, "mlp": "mlp.safetensors"}
+"""Where the best state of each network is kept."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a run's pictures come from: the arguments of :func:`neocog.data.load`."""
+
+    path: str | None = None
+    size: int | None = None
+
+    def load(self, seed: int) -> DataSet:
+        """The data set; InvalidData if it cannot be read."""
+        return data.load(self.path, size=self.size, seed=seed)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory and what its config.json says."""
+
+    folder: Path
+    source: Source
+    settings: Settings
+    device: str
+    threads: int
+    fingerprint: str
+
+    @staticmethod
+    def create(trainer: Trainer, source: Source, *, out: Path | None, threads: int) -> Run:
+        """Makes the directory, with the untrained state in it so that it can be resumed at once.
+
+        Args:
+            trainer: ready to train.
+            source: of its data.
+            out: the directory, new or empty; None takes the first free ``runs/<data>-<n>``.
+            threads: that torch uses.
+
+        Raises:
+            InvalidSetting: ``out`` holds something already.
+            OSError: it cannot be written; then nothing is left of it.
+        """
+        folder, is_new = _new_folder(trainer.data.name, out)
+        run = Run(
+            folder,
+            source,
+            trainer.settings,
+            str(trainer.device),
+            threads,
+            fingerprint(trainer.data),
+        )
+        try:
+            write_json(folder / CONFIG, run._config(trainer))
+            run.save(trainer)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
+            else:
+                for name in (CONFIG, LAST):
+                    (folder / name).unlink(missing_ok=True)
+            raise
+        return run
+
+    @staticmethod
+    def open(folder: Path) -> Run:
+        """The run in a directory; InvalidModel if there is none."""
+        path = folder / CONFIG
+        if not folder.is_dir():
+            raise InvalidModel(f"{folder}: no such run directory")
+        if not path.is_file():
+            raise InvalidModel(f"{folder}: not a run directory, it holds no {CONFIG}")
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if config["format"] != FORMAT:
+                raise ValueError(f"format {config['format']!r}, this neocog reads {FORMAT}")
+            return Run(
+                folder,
+                Source(config["data"]["path"], config["data"]["size"]),
+                Settings(**config["settings"]),
+                str(config["device"]),
+                int(config["threads"]),
+                str(config["data"]["fingerprint"]),
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise InvalidModel(f"{path}: cannot be read: {error}") from error
+
+    def load_data(self) -> DataSet:
+        """The pictures of the run; InvalidData if they are not the ones it began with."""
+        found = self.source.load(self.settings.seed)
+        if fingerprint(found) != self.fingerprint:
+            raise InvalidData(
+                f"{self.source.path or found.name}: the pictures are not those that "
+                f"{self.folder} was begun with, so it cannot go on"
+            )
+        return found
+
+    def resume(self, found: DataSet) -> Trainer:
+        """The trainer as it was after the last finished epoch; InvalidModel if it is damaged."""
+        remove_leftovers(self.folder)
+        trainer = Trainer(found, self.settings, preprocessing_of(found), choose_device(self.device))
+        path = self.folder / LAST
+        checkpoint = load(path)
+        try:
+            history, seconds = checkpoint.resume["history"], checkpoint.resume["seconds"]
+            trainer.restore(checkpoint.resume_tensors, history, seconds)
+        except (KeyError, InvalidModel) as error:
+            raise InvalidModel(f"{path}: cannot be resumed from: {error}") from error
+        return trainer
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes the state after an epoch; first the best networks, if they are of this epoch."""
+        epoch = len(trainer.history)
+        for name, learner in trainer.learners.items():
+            if epoch and trainer.best_epoch(name) == epoch:
+                best = Checkpoint(_header(trainer, name), learner.best.state_dict())
+                save(self.folder / FILES[name], best)
+        last = Checkpoint(
+            _header(trainer, "cnn"),
+            trainer.learners["cnn"].best.state_dict(),
+            trainer.tensors(),
+            {"history": trainer.history, "seconds": trainer.seconds},
+        )
+        save(self.folder / LAST, last)
+
+    def finish(self, trainer: Trainer) -> dict[str, Any]:
+        """Judges the best networks by the test part; writes and returns the metrics."""
+        found, how = trainer.data, trainer.preprocessing
+        best = {name: load(self.folder / FILES[name]) for name in trainer.learners}
+        networks = {
+            name: build(checkpoint, self.folder / FILES[name]).to(trainer.device)
+            for name, checkpoint in best.items()
+        }
+        table = shifts.table(networks, found.test, how)
+        metrics: dict[str, Any] = {
+            "test_accuracy": table["0"]["cnn"],
+            "mlp_test_accuracy": table["0"].get("mlp"),
+            "shifted": table,
+            "weights": {name: models.weight_count(network) for name, network in networks.items()},
+            "architecture": {name: best[name].header.architecture for name in best},
+            "best_epoch": {name: best[name].header.epoch for name in best},
+            "val_accuracy": {name: best[name].header.accuracy for name in best},
+            "test": evaluate(networks["cnn"], found.test, how, found.classes).to_dict(),
+            "pictures": {
+                "train": len(found.train),
+                "val": len(trainer.val),
+                "test": len(found.test),
+            },
+            "seed": self.settings.seed,
+            "threads": self.threads,
+            "device": self.device,
+            "seconds": round(trainer.seconds, 2),
+            "versions": versions(),
+            "history": trainer.history,
+        }
+        answers = logits(networks["cnn"], found.test.images, how).argmax(dim=1)
+        metrics["examples"] = self._write_examples(found, answers, how)
+        write_atomically(self.folder / "training.png", plots.training_curve(trainer.history))
+        write_atomically(self.folder / "shifts.png", plots.shift_curve(table))
+        write_json(self.folder / METRICS, metrics)
+        return metrics
+
+    def _write_examples(
+        self, found: DataSet, answers: Tensor, how: Preprocessing
+    ) -> dict[str, str | None]:
+        """One test picture read rightly and one wrongly as PNG files: their names, None if none.
+
+        Chosen are the first that come back from the file as they are: a picture that reading
+        would frame or invert anew might be read otherwise than it was here.
+        """
+        names: dict[str, str | None] = {}
+        right = answers == found.test.labels
+        for kind, candidates in (("right", right.nonzero()), ("wrong", (~right).nonzero())):
+            names[kind] = None
+            for index in candidates.flatten().tolist()[:50]:
+                png = _as_png(found.test.images[index])
+                if _comes_back(png, found.test.images[index], how):
+                    truth = _safe(found.classes[found.test.labels[index]])
+                    answer = (
+                        "" if kind == "right" else f"-as-{_safe(found.classes[answers[index]])}"
+                    )
+                    name = f"{kind}-{truth}{answer}.png"
+                    write_atomically(self.folder / name, png)
+                    names[kind] = name
+                    break
+        return names
+
+    def _config(self, trainer: Trainer) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "data": {
+                **asdict(self.source),
+                "name": trainer.data.name,
+                "in_shape": trainer.data.in_shape,
+                "classes": trainer.data.classes,
+                "fingerprint": self.fingerprint,
+            },
+            "settings": asdict(self.settings),
+            "architecture": {
+                name: learner.architecture for name, learner in trainer.learners.items()
+            },
+            "augmentation": None if trainer.augmentation is None else asdict(trainer.augmentation),
+            "device": self.device,
+            "threads": self.threads,
+            "versions": versions(),
+        }
+
+
+def preprocessing_of(found: DataSet) -> Preprocessing:
+    """What networks trained on a data set expect of a picture."""
+    return Preprocessing(found.mean, found.std, found.background, found.digit_like)
+
+
+def fingerprint(found: DataSet) -> str:
+    """SHA-256 over all pictures, labels and class names, in their parts."""
+    digest = hashlib.sha256(repr(found.classes).encode())
+    for part in (found.train, found.val, found.test):
+        if part is not None:
+            digest.update(repr(tuple(part.images.shape)).encode())
+            for tensor in (part.images, part.labels):
+                digest.update(tensor.contiguous().view(torch.uint8).reshape(-1).numpy().data)
+    return digest.hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Of what the numbers may depend on."""
+    return {
+        "neocog": metadata.version("neocog"),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON, indented, in one piece; OSError if it cannot."""
+    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def _new_folder(name: str, out: Path | None) -> tuple[Path, bool]:
+    """(an empty directory for a run, whether it was made just now)."""
+    if out is None:
+        for number in itertools.count(1):
+            folder = Path("runs", f"{_safe(name) or 'data'}-{number}")
+            try:
+                folder.mkdir(parents=True)
+                return folder, True
+            except FileExistsError:
+                continue
+    assert out is not None
+    if out.exists() and not out.is_dir():
+        raise InvalidSetting(f"--out {out}: is a file, expected a new or empty directory")
+    if out.is_dir() and any(out.iterdir()):
+        raise InvalidSetting(
+            f"--out {out}: holds something already; expected a new or empty directory, or "
+            "--resume to go on with a run"
+        )
+    is_new = not out.exists()
+    out.mkdir(parents=True, exist_ok=True)
+    return out, is_new
+
+
+def _header(trainer: Trainer, name: str) -> Header:
+    epoch = len(trainer.history)
+    return Header(
+        architecture=trainer.learners[name].architecture,
+        in_shape=trainer.data.in_shape,
+        preprocessing=trainer.preprocessing,
+        classes=tuple(trainer.data.classes),
+        epoch=epoch,
+        accuracy=trainer.history[-1][name]["val_accuracy"] if epoch else 0.0,
+    )
+
+
+def _as_png(picture: Tensor) -> bytes:
+    """uint8 [1 or 3, H, W] as a PNG file."""
+    pixels = picture.permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _comes_back(png: bytes, picture: Tensor, how: Preprocessing) -> bool:
+    """Whether reading the file gives the very picture."""
+    channels, height, width = picture.shape
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "picture.png")
+        path.write_bytes(png)
+        read = images.read_picture(
+            path,
+            channels,
+            (height, width),
+            background=how.background,
+            digit_like=how.digit_like,
+        )
+    return torch.equal(read.tensor, picture)
+
+
+def _safe(name: str) -> str:
+    """A name as part of a file's name."""
+    return re.sub(r"[^\w.]+", "_", name).strip("._")
