@@ -159,6 +159,9 @@ def fully_specialised(p: Program) -> tuple[Program, float]:
                 made.kernel = direct.emit(plan)
             seconds += time.perf_counter() - start
         special.steps.append(made)
+    special._thread_scratch = [
+        (special.steps[p.steps.index(step)], *rest) for step, *rest in p._thread_scratch
+    ]
     return special, seconds
 
 

@@ -89,10 +89,14 @@ def reads(program: Program, results: Iterable[str]) -> list[str]:
     return [name for name in program.names if name not in results]
 
 
-def run(
+Runner = Callable[[Program, dict[str, Tensor], dict[str, Tensor], int], dict[str, Tensor]]
+"""Runs a program on inputs, by name, and fills its results, on a number of threads."""
+
+
+def run_twice(
     program: Program, inputs: dict[str, Tensor], results: dict[str, Tensor], threads: int
 ) -> dict[str, Tensor]:
-    """Run a program twice, once on NaN: what the first run leaves in scratch must not matter."""
+    """First on NaN, then on the inputs: what the first run leaves in scratch must not matter."""
     given = {name: inputs[name] for name in reads(program, results)}
     poison = {
         name: torch.full_like(t, float("nan")) if t.dtype == torch.float32 else t
@@ -209,6 +213,7 @@ def forward(
     save: bool = False,
     target: Target | None = None,
     threads: int = 1,
+    run: Runner = run_twice,
 ) -> tuple[dict[str, Tensor], Context]:
     """Run a block; ``layouts`` are those of x, w and the output."""
     x_layout, w_layout, out_layout = layouts
@@ -238,6 +243,7 @@ def backward(
     layouts: tuple[str, str, str, str, str] = (NCHW,) * 5,
     target: Target | None = None,
     threads: int = 1,
+    run: Runner = run_twice,
 ) -> tuple[dict[str, Tensor], Context]:
     """Gradients of a block; ``layouts`` are those of grad, x, w, the gradient of x, the result.
 
@@ -314,6 +320,7 @@ def pool_forward(
     save: bool = False,
     target: Target | None = None,
     threads: int = 1,
+    run: Runner = run_twice,
 ) -> tuple[dict[str, Tensor], Context]:
     """Run a pooling layer; ``layouts`` are those of x and the output."""
     program = compiler.pool_forward(problem, *layouts, save, target)
@@ -333,6 +340,7 @@ def pool_backward(
     layouts: tuple[str, str] = (NCHW, NCHW),
     target: Target | None = None,
     threads: int = 1,
+    run: Runner = run_twice,
 ) -> tuple[Tensor, Context]:
     """The gradient of a pooling layer's input; ``layouts`` are those of grad and the result."""
     program = compiler.pool_backward_program(problem, *layouts, target)

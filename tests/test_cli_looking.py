@@ -15,7 +15,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from neocog import data, models
-from neocog.cli import looking
+from neocog.cli import build_app, looking
 from neocog.cli.explain_view import FEW_CHANNELS, Numbers
 from neocog.errors import InvalidData, InvalidModel, InvalidProblem
 from neocog.models import parse
@@ -26,7 +26,8 @@ NETWORK = "32C3-P2-64C3-P2-10"
 def run(*arguments: str, columns: int = 80) -> Result:
     app = typer.Typer()
     looking.register(app)
-    return CliRunner().invoke(app, list(arguments), env={"COLUMNS": str(columns)})
+    plain = {"COLUMNS": str(columns), "FORCE_COLOR": None, "TTY_COMPATIBLE": None}
+    return CliRunner().invoke(app, list(arguments), env=plain)
 
 
 def printed(*arguments: str, columns: int = 80) -> str:
@@ -288,6 +289,14 @@ def test_explain_refuses(arguments: tuple[str, str], kind: type, message: str) -
     assert re.search(message, str(error))
 
 
+def test_on_the_command_line_that_is_one_line_and_exit_code_2() -> None:
+    arguments = ["explain", NETWORK, "test:0", "--layer", "1", "--channel", "99", "--at", "0,0"]
+    result = CliRunner().invoke(build_app(), arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    expected = "error: channel must be 0 to 31, got 99: layer 1 (0) gives 32x14x14\n"
+    assert result.stderr == expected
+
+
 @pytest.mark.parametrize("image", ["test:1000", "test:-1", "nowhere.png"])
 def test_explain_refuses_pictures_that_are_not_there(image: str) -> None:
     place = ("--layer", "1", "--channel", "0", "--at", "0,0")
@@ -328,3 +337,47 @@ def test_models_that_cannot_be_looked_into(factory: str) -> None:
 def test_numbers_of_one_grid_are_written_alike(values: list[float], expected: list[str]) -> None:
     number = Numbers(np.array(values))
     assert [number(value) for value in values] == expected
+
+
+# The README shows what is printed and what runs
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+FENCES = re.findall(r"^```(\w+)\n(.*?)^```", README, re.M | re.S)
+ROUNDING = re.compile(r"difference .*")
+TYPED = [
+    tuple(session.strip("\n").split("\n"))
+    for language, text in FENCES
+    if language == "console"
+    for session in re.split(r"^\$ ", text, flags=re.M)
+    if session
+]
+
+
+@pytest.mark.parametrize("session", TYPED, ids=lambda session: session[0])
+def test_the_readme_shows_what_the_commands_print(session: tuple[str, ...]) -> None:
+    """A line of dots stands for any lines; how far rounding is off may differ between machines."""
+    command, *shown = session
+    program, *arguments = command.split()
+    assert program == "neocog"
+    printout = [ROUNDING.sub("", line.rstrip()) for line in printed(*arguments).splitlines()]
+    place, skipping = 0, False
+    for line in shown:
+        if line == "...":
+            skipping = True
+            continue
+        if skipping:
+            assert ROUNDING.sub("", line) in printout[place:]
+            place = printout.index(ROUNDING.sub("", line), place)
+        assert printout[place] == ROUNDING.sub("", line)
+        place, skipping = place + 1, False
+    assert skipping or place == len(printout)
+
+
+@pytest.mark.parametrize("code", [text for language, text in FENCES if language == "python"])
+def test_the_code_in_the_readme_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_the_readme_has_examples_of_both_kinds() -> None:
+    assert len(TYPED) >= 7
+    assert sum(language == "python" for language, _ in FENCES) >= 2

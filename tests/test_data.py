@@ -30,7 +30,6 @@ def test_the_embedded_digits_are_the_5000_of_the_checksum():
     file = resources.files("neocog").joinpath("assets/digits.png").read_bytes()
     assert hashlib.sha256(file).hexdigest() in text
     assert len(file) < 1_000_000
-    # A digit's number in the mosaic is 500 * label + something, so order by label first.
     images = torch.cat([data.train.images, data.test.images])
     assert len(as_set(images)) == 5000
     assert data.name == "digits"

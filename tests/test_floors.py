@@ -25,8 +25,8 @@ FLOORS = {
     8: "functional nn",
     9: (
         "strokes images idx folders data "
-        "files factories models checkpoint augmentation evaluation training shifts plots "
-        "sight layers tracing"
+        "files factories models checkpoint augmentation evaluation training shifts plots runs "
+        "sight layers tracing benchmark"
     ),
     10: "cli __main__",
 }
@@ -51,6 +51,7 @@ BESIDE = {
     "evaluation": "checkpoint data",
     "training": "augmentation checkpoint data evaluation models",
     "shifts": "checkpoint data evaluation",
+    "runs": "checkpoint data evaluation files images models plots shifts training",
     "layers": "sight",
     "tracing": "layers sight",
     "__main__": "cli",

@@ -32,7 +32,7 @@ from .cpu import peak
 from .cpu.runtime import thread_count
 from .errors import NeocogError
 from .maps import NCHW, NHWC
-from .problem import Act, Bias, Block, Pooling, parse
+from .problem import Act, Bias, Block, parse
 from .program import Program
 from .target import Target, host
 
@@ -49,10 +49,12 @@ PEAK_TRIPS = 20_000
 
 Results = tuple[Tensor, ...]
 Run = Callable[[], Any]
+Compute = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x, weight, bias) -> out."""
 
 PEAK, PROGRAM, CALL = "peak", "program", "call"
 TORCH = {NCHW: "torch contiguous", NHWC: "torch channels_last"}
-"""Who is measured: the processor's peak, neocog's program alone, neocog called from Python, and PyTorch."""
+"""Who is measured: the processor's peak, neocog's program, neocog called from Python, PyTorch."""
 
 
 class WrongResult(NeocogError, ArithmeticError):
@@ -233,15 +235,14 @@ def _forward(block: Block) -> Iterator[tuple[str, Callable[[], Results]]]:
     program = compiler.forward(block, NHWC, w.stride(), NHWC)
     out = torch.empty(block.out_shape, memory_format=torch.channels_last)
     yield PROGRAM, _running(program, (near, w, b, out), results=1)
-    yield CALL, lambda: (_ours(block, near, w, b),)
+    yield CALL, _computing(_ours(block), (near, w, b))
     for layout, name in TORCH.items():
-        tensors = (_in(layout, x), _in(layout, w), b)
-        yield name, functools.partial(lambda tensors: (_eager(block, *tensors),), tensors)
+        yield name, _computing(_eager(block), (_in(layout, x), _in(layout, w), b))
 
 
 def _backward(block: Block) -> Iterator[tuple[str, Callable[[], Results]]]:
     x, w, b = _inputs(block)
-    grad = _whole_numbers(block.out_shape, 3, seed=3)
+    grad = whole_numbers(block.out_shape, 3, seed=3)
     needs = ("x", "w", "bias")
     near, near_grad = _in(NHWC, x), _in(NHWC, grad)
     out, winners, before = execution.conv_block(near, w, b, None, block, save=True)
@@ -249,10 +250,10 @@ def _backward(block: Block) -> Iterator[tuple[str, Callable[[], Results]]]:
     program = compiler.backward(block, NHWC, NHWC, w.stride(), NHWC, NHWC, needs)
     gradients = (torch.empty_like(near), torch.empty_like(w), torch.empty_like(b))
     yield PROGRAM, _running(program, (near_grad, near, w, result, winners, *gradients), results=3)
-    yield CALL, _differentiating(_ours, block, (near, w, b), near_grad)
+    yield CALL, _differentiating(_ours(block), (near, w, b), near_grad)
     for layout, name in TORCH.items():
         tensors = (_in(layout, x), _in(layout, w), b)
-        yield name, _differentiating(_eager, block, tensors, _in(layout, grad))
+        yield name, _differentiating(_eager(block), tensors, _in(layout, grad))
 
 
 def _running(program: Program, buffers: tuple[Tensor, ...], results: int) -> Callable[[], Results]:
@@ -265,26 +266,47 @@ def _running(program: Program, buffers: tuple[Tensor, ...], results: int) -> Cal
     return run
 
 
-def _differentiating(compute: Callable, block: Block, tensors: Results, grad: Tensor):
+def _computing(compute: Compute, tensors: Results) -> Callable[[], Results]:
+    return lambda: (compute(*tensors),)
+
+
+def _differentiating(compute: Compute, tensors: Results, grad: Tensor) -> Callable[[], Results]:
     leaves = tuple(t.detach().requires_grad_() for t in tensors)
-    out = compute(block, *leaves)
+    out = compute(*leaves)
     return lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True)
+
+
+def whole_numbers(shape: tuple[int, ...], largest: int, seed: int) -> Tensor:
+    """float32 whole numbers from -``largest`` to ``largest``, the same for the same seed."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-largest, largest + 1, shape, generator=generator).float()
 
 
 def _inputs(block: Block) -> tuple[Tensor, Tensor, Tensor]:
     assert isinstance(block.epilogue[0], Bias), f"{block}: expected a bias first"
-    x, w = _whole_numbers(block.in_shape, 3, seed=0), _whole_numbers(block.conv.weight_shape, 2, 1)
-    return x, w, _whole_numbers((block.conv.out_channels,), 3, seed=2)
-
-
-def _whole_numbers(shape: tuple[int, ...], largest: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-largest, largest + 1, shape, generator=generator).float()
+    x, w = whole_numbers(block.in_shape, 3, seed=0), whole_numbers(block.conv.weight_shape, 2, 1)
+    return x, w, whole_numbers((block.conv.out_channels,), 3, seed=2)
 
 
 def _in(layout: str, t: Tensor) -> Tensor:
     """A copy in that layout, by its strides too where sizes of 1 leave them free."""
     return torch.empty(t.shape, memory_format=execution.FORMATS[layout]).copy_(t)
+
+
+def _ours(block: Block) -> Compute:
+    pool = block.pool.step if block.pool else None
+    return functools.partial(functional.conv_block, **_window(block), activation="relu", pool=pool)
+
+
+def _eager(block: Block) -> Compute:
+    window, pool = _window(block), block.pool.step if block.pool else None
+    assert [s for s in block.epilogue if s not in (Bias(), pool)] == [Act("relu")], block
+
+    def compute(x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        y = F.relu(F.conv2d(x, w, b, **window), inplace=True)
+        return y if pool is None else handback.pool(y, pool)
+
+    return compute
 
 
 def _window(block: Block) -> dict[str, Any]:
@@ -296,22 +318,6 @@ def _window(block: Block) -> dict[str, Any]:
         "dilation": (rows.dilation, cols.dilation),
         "groups": block.conv.groups,
     }
-
-
-def _ours(block: Block, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    pool = block.pool.step if block.pool else None
-    return functional.conv_block(x, w, b, **_window(block), activation="relu", pool=pool)
-
-
-def _eager(block: Block, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-    y = F.conv2d(x, w, b, **_window(block))
-    for step in block.epilogue[1:]:
-        if isinstance(step, Pooling):
-            y = handback.pool(y, step)
-        else:
-            assert step == Act("relu"), f"{block}: expected relu"
-            y = F.relu(y, inplace=True)
-    return y
 
 
 # ------------------------------------------------------------------------------------ the rows

@@ -118,6 +118,9 @@ def backward(
 def check_trainable(block: Block) -> None:
     """Unsupported for epilogues whose gradients no kernel computes."""
     ep.check_supported(block.epilogue)
+    for window in (block.conv.rows, block.conv.cols):
+        if window.base_dilation != 1:
+            raise Unsupported(f"the gradient of a base dilation ({window}): no kernel yet")
     kinds = [type(step) for step in block.epilogue]
     if Affine in kinds:
         raise Unsupported("the gradient of an affine step: no kernel yet")

@@ -144,23 +144,27 @@ def conv_block(
     _check_parameters(block, bias, residual)
     layout = output_layout(x, weight)
     out = torch.empty(block.out_shape, memory_format=FORMATS[layout])
-    saved = {"winners": x.new_empty(0, dtype=torch.uint8), "before": x.new_empty(0)}
-    names = compiler.saved_names(block, save)
-    pooling = ep.pooling_of(block.epilogue)
-    if pooling is not None and "winners" in names:
-        saved["winners"] = _nhwc(block.out_shape, winner_dtype(pooling))
-    if "before" in names:
-        saved["before"] = _nhwc(block.conv_shape)
     x, x_layout = _layout(x)
     program = compiler.forward(block, x_layout, weight.stride(), layout, save)
+    pooling = ep.pooling_of(block.epilogue)
+    saved = {}
+    if pooling is not None and "winners" in program.names:
+        saved["winners"] = _nhwc(block.out_shape, winner_dtype(pooling))
+    if "before" in program.names:
+        saved["before"] = _nhwc(block.conv_shape)
     buffers = [x, weight]
     if bias is not None:
         buffers.append(bias.contiguous())
     if residual is not None:
         buffers.append(residual.contiguous(memory_format=torch.channels_last))
-    buffers += [out, *(saved[n] for n in names)]
+    buffers += [out, *saved.values()]
     program.run(*(t.data_ptr() for t in buffers))
-    return out, saved["winners"], saved["before"]
+    winners, before = saved.get("winners"), saved.get("before")
+    return (
+        out,
+        torch.empty(0, dtype=torch.uint8) if winners is None else winners,
+        torch.empty(0) if before is None else before,
+    )
 
 
 def conv_block_backward(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import execution, handback, ops  # noqa: F401  (ops defines torch.ops.neocog)
+from . import execution, handback, ops
 from .errors import InvalidProblem
 from .geometry import same_padding
 from .problem import Act, Add, Bias, Pooling, Step, pooling
@@ -64,11 +64,11 @@ def conv_block(
     see :func:`neocog.problem.pooling`. ``residual`` has the convolution's output shape.
     InvalidProblem as :func:`conv2d`.
     """
-    stride, dilation = pair("stride", _plain(stride)), pair("dilation", _plain(dilation))
-    check_whole("groups", groups, 1)
-    sides = _padding(padding, weight, stride, dilation)
-    steps = _steps(bias is not None, residual is not None, activation, negative_slope, pool)
-    window = (stride, sides, dilation, groups)
+    kernel = tuple(weight.shape[2:])
+    window = _window(_plain(stride), _plain(padding), _plain(dilation), groups, kernel)
+    steps, text = _epilogue(
+        bias is not None, residual is not None, activation, negative_slope, pool
+    )
     reason = handback.reason(input, weight, bias, residual, steps=steps)
     if reason is None and (input.dim() not in (3, 4) or weight.dim() != 4):
         raise InvalidProblem(
@@ -85,8 +85,7 @@ def conv_block(
         input = input.unsqueeze(0)
         residual = None if residual is None else residual.unsqueeze(0)
     save = _wants_grad(input, weight, bias, residual)
-    text = execution.spell_steps(steps)
-    out = torch.ops.neocog.conv_block(input, weight, bias, residual, *window, text, save)[0]
+    out = ops.conv_block(input, weight, bias, residual, *window, text, save)[0]
     return out if batched else out.squeeze(0)
 
 
@@ -141,7 +140,7 @@ def _pool(input: Tensor, step: Pooling, name: str) -> Tensor:
         return handback.pool(input, step)
     batched = input.dim() == 4
     x = input if batched else input.unsqueeze(0)
-    out = torch.ops.neocog.pool(x, str(step), _wants_grad(input))[0]
+    out = ops.pool(x, _spelling(step), _wants_grad(input))[0]
     return out if batched else out.squeeze(0)
 
 
@@ -154,8 +153,19 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, (int, str)) or value is None else tuple(value)
 
 
+# Typed: True and 1.0 are no whole numbers, although they equal 1.
+@functools.lru_cache(1024, typed=True)
+def _window(
+    stride: Any, padding: Any, dilation: Any, groups: int, kernel: tuple[int, ...]
+) -> tuple[tuple[int, int], tuple[int, int, int, int], tuple[int, int], int]:
+    """Checked (stride, (top, bottom, left, right), dilation, groups)."""
+    strides, dilations = pair("stride", stride), pair("dilation", dilation)
+    check_whole("groups", groups, 1)
+    return strides, _padding(padding, kernel, strides, dilations), dilations, groups
+
+
 def _padding(
-    padding: Size | str, weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int]
+    padding: Any, kernel: tuple[int, ...], stride: tuple[int, int], dilation: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """(top, bottom, left, right) for each of PyTorch's ways to say it."""
     if padding == "valid":
@@ -165,24 +175,22 @@ def _padding(
             raise InvalidProblem(
                 f"padding='same' keeps the size, which needs stride 1, got stride={stride}"
             )
-        sizes = weight.shape[2:]
-        top, bottom, left, right = (
-            side for k, d in zip(sizes, dilation, strict=True) for side in same_padding(k, d)
-        )
-        return top, bottom, left, right
+        rows, cols = (same_padding(k, d) for k, d in zip(kernel, dilation, strict=True))
+        return *rows, *cols
     if isinstance(padding, str):
         raise InvalidProblem(
             f"padding must be a number, a pair, 'same' or 'valid', got {padding!r}"
         )
-    rows, cols = pair("padding", _plain(padding))
-    check_whole("padding", min(rows, cols), 0)
-    return rows, rows, cols, cols
+    top, left = pair("padding", padding)
+    check_whole("padding", min(top, left), 0)
+    return top, top, left, left
 
 
-@functools.lru_cache(256)
-def _steps(
+@functools.lru_cache(1024)
+def _epilogue(
     bias: bool, residual: bool, activation: str, slope: float, pool: Pooling | None
-) -> tuple[Step, ...]:
+) -> tuple[tuple[Step, ...], str]:
+    """The steps after the convolution, and their spelling."""
     act = Act(activation, slope if activation == "leaky_relu" else 0.0)
     candidates = (
         (bias, Bias()),
@@ -190,7 +198,8 @@ def _steps(
         (activation != "identity", act),
         (pool is not None, pool),
     )
-    return tuple(step for present, step in candidates if present)  # type: ignore[misc]
+    steps: tuple[Step, ...] = tuple(step for present, step in candidates if present and step)
+    return steps, execution.spell_steps(steps)
 
 
 def _pooling(kind: str, kernel_size: Size, stride: Size | None, *rest: Any) -> Pooling:
@@ -198,4 +207,5 @@ def _pooling(kind: str, kernel_size: Size, stride: Size | None, *rest: Any) -> P
     return _cached_pooling(kind, _plain(kernel_size), _plain(stride), *map(_plain, rest))
 
 
-_cached_pooling = functools.lru_cache(256)(pooling)
+_cached_pooling = functools.lru_cache(256, typed=True)(pooling)
+_spelling = functools.lru_cache(256)(str)

@@ -157,7 +157,7 @@ class Window:
                 Phase(
                     start=start,
                     step=step,
-                    count=max(0, (out - start + step - 1) // step),
+                    count=(out - start + step - 1) // step,
                     stride=step * self.stride // self.base_dilation,
                     taps=tuple(
                         (k, q // self.base_dilation)

@@ -40,6 +40,12 @@ LIBRARY.define(
     "-> Tensor"
 )
 
+# The overloads themselves: resolving them by name costs microseconds a call.
+conv_block = torch.ops.neocog.conv_block.default
+conv_block_backward = torch.ops.neocog.conv_block_backward.default
+pool = torch.ops.neocog.pool.default
+pool_backward = torch.ops.neocog.pool_backward.default
+
 GRADIENTS = ("x", "w", "bias", "residual")
 
 engine: Any = execution
@@ -185,9 +191,7 @@ def _block_gradients(ctx, grad, *_):
     if torch.is_grad_enabled():
         inputs = (x, weight, bias, residual)
         return *_differentiable(grad, inputs, needs, ctx.window), *nothing
-    grads = torch.ops.neocog.conv_block_backward(
-        grad, x, weight, result, winners, *ctx.window, needs
-    )
+    grads = conv_block_backward(grad, x, weight, result, winners, *ctx.window, needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), *nothing
 
 
@@ -221,9 +225,7 @@ def _pool_gradients(ctx, grad, _):
         step = execution.parse_pooling(ctx.pooling)
         (gx,) = torch.autograd.grad(handback.pool(x, step), x, grad, create_graph=True)
     else:
-        gx = torch.ops.neocog.pool_backward(
-            grad, winners, ctx.shape, ctx.pooling, ctx.channels_last
-        )
+        gx = pool_backward(grad, winners, ctx.shape, ctx.pooling, ctx.channels_last)
     return gx, None, None
 
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NoReturn
 
 from .errors import InvalidProblem
@@ -191,7 +192,7 @@ class Pool:
     divisor_override: int | None = None
 
     def __post_init__(self) -> None:
-        assert self.step  # building it checks the windows
+        self.step  # noqa: B018 (building it checks the windows)
         _check_input(self, "channels")
         for axis, window, n in _axes(self):
             _check_fits(self, axis, window, n)
@@ -253,24 +254,36 @@ class Block:
                 _fail(self, f"the epilogue has more than one {kind.__name__}: {_STEPS}")
             if kind is Pooling and place != len(kinds) - 1:
                 _fail(self, f"a pool must be the last step of an epilogue, got {step}")
-        assert self.pool is None or self.pool.out_shape  # building the pool checks that it fits
+        self.pool  # noqa: B018 (building the pool checks that it fits)
+
+    # Every call of a layer looks its program up by its block: what is derived is kept.
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __reduce__(self):
+        return type(self), (self.conv, self.epilogue)  # a hash is good for one process only
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.conv, self.epilogue))
 
     @property
     def in_shape(self) -> Shape:
         """(N, C, H, W)."""
         return self.conv.in_shape
 
-    @property
+    @cached_property
     def conv_shape(self) -> Shape:
         """(N, K, CH, CW): the convolution's output, before the pool."""
         return self.conv.out_shape
 
-    @property
+    @cached_property
     def out_shape(self) -> Shape:
         """(N, K, OH, OW): after the pool, if there is one."""
         return self.conv_shape if self.pool is None else self.pool.out_shape
 
-    @property
+    @cached_property
     def pool(self) -> Pool | None:
         """The pool on the convolution's output, or None."""
         last = self.epilogue[-1] if self.epilogue else None

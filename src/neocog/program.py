@@ -54,11 +54,12 @@ class Step:
     items: int
     fields: dict[str, Place | int]
 
-    def words(self) -> list[int]:
-        """The fields as the kernel reads them: pointers as (buffer, byte offset), then integers."""
-        given, words = set(self.fields), []
+    def words(self, scratch: dict[str, Place | int]) -> list[int]:
+        """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers."""
+        fields = self.fields | scratch
+        given, words = set(fields), []
         for name in self.kernel.fields:
-            value = self.fields[name.rstrip("*")]
+            value = fields[name.rstrip("*")]
             given.discard(name.rstrip("*"))
             if isinstance(value, Place):
                 words += [value.buffer, 4 * value.offset]
@@ -134,13 +135,14 @@ class Program:
     def _build(self, threads: int) -> tuple:
         arena = self._arena
         line = ALIGNMENT // 4
+        scratch: dict[int, dict[str, Place | int]] = {}
         for step, name, elements in self._thread_scratch:
             stride = -(-(elements + line) // line) * line
-            step.fields[name], step.fields[f"{name}_stride"] = Place(ARENA, arena), stride
+            scratch[id(step)] = {name: Place(ARENA, arena), f"{name}_stride": stride}
             arena += stride * threads
-        tables = [np.asarray(s.words(), dtype=np.int64) for s in self.steps]
+        tables = [np.asarray(s.words(scratch.get(id(s), {})), np.int64) for s in self.steps]
         omp = runtime.openmp()
-        words = [len(self.steps), omp.parallel, omp.barrier, omp.thread_num]
+        words = [len(self.steps), omp.parallel, omp.barrier, omp.thread_num, omp.num_threads]
         for step, table in zip(self.steps, tables, strict=True):
             words += [step.kernel.address, step.items, table.ctypes.data]
         constants = np.concatenate([*self._constants, np.zeros(1, np.int64)])

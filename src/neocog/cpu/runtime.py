@@ -94,6 +94,7 @@ class OpenMP:
     parallel: int = 0
     barrier: int = 0
     thread_num: int = 0
+    num_threads: int = 0
 
 
 @functools.cache
@@ -103,7 +104,7 @@ def openmp() -> OpenMP:
     if path is None:
         return OpenMP()
     lib = ctypes.CDLL(path)
-    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num")
+    names = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
     return OpenMP(*(ctypes.cast(getattr(lib, n), ctypes.c_void_p).value or 0 for n in names))
 
 
@@ -148,8 +149,8 @@ def threading_note() -> str:
 
 STEP_WORDS = 3
 """A step in the program table: kernel address, work items, address of its fields."""
-HEADER_WORDS = 4
-"""The program table's head: number of steps, GOMP_parallel, GOMP_barrier, omp_get_thread_num."""
+HEADER_WORDS = 5
+"""The program table's head: the number of steps, then the addresses of :class:`OpenMP`."""
 
 
 @functools.cache
@@ -161,14 +162,15 @@ def _driver() -> tuple[Callable[..., None], Kernel]:
     """
     e = Emitter(host(), "launch")
     with e.function("region", [PTR]) as (region, (context,)):
-        program, threads = e.load(PTR, context, 1), e.load(I64, context, 2)
-        number = e.call_address(e.load(I64, program, 3), ir.FunctionType(I32, []))
-        _walk(e, context, threads, e.b.sext(number, I64), parallel=True)
+        # The team may be smaller than asked for: inside another region, or under a thread limit.
+        program, count = e.load(PTR, context, 1), ir.FunctionType(I32, [])
+        number, threads = (e.call_address(e.load(I64, program, slot), count) for slot in (3, 4))
+        _walk(e, context, e.b.sext(threads, I64), e.b.sext(number, I64), parallel=True)
     with e.function("alone", [PTR]) as (alone, (context,)):
         _walk(e, context, I64(1), I64(0), parallel=False)
     with e.function("launch", [PTR, PTR, I64], internal=False) as (_, (bases, program, threads)):
-        context = e.stack(3)
-        for slot, value in enumerate((bases, program, threads)):
+        context = e.stack(2)
+        for slot, value in enumerate((bases, program)):
             e.b.store(value, e.at_byte(context, 8 * slot))
 
         def fork() -> None:
