@@ -47,9 +47,7 @@ def normals(shape: Sequence[int], seed: int) -> Array:
     return made.astype(np.float32).astype(np.float64)
 
 
-def block_inputs(
-    problem: Block, fill: Callable[[Sequence[int], int], Array] = integers
-) -> Arrays:
+def block_inputs(problem: Block, fill: Callable[[Sequence[int], int], Array] = integers) -> Arrays:
     """What the steps of a block need, and ``grad``, a gradient of its result."""
     channels = (problem.conv.out_channels,)
     shapes: dict[str, Sequence[int]] = {"x": problem.in_shape, "w": problem.conv.weight_shape}
@@ -185,9 +183,7 @@ def gradient_bounds(problem: Block, inputs: Arrays) -> Arrays:
 def winners_agree(context: Context, ours: Tensor, theirs: NDArray[np.int64]) -> None:
     """The stored winners are the reference's, except where a window meets no input."""
     met = theirs != -1
-    context.check(
-        "winners", ours, np.where(met, theirs, ours.numpy()).astype(np.float64)
-    )
+    context.check("winners", ours, np.where(met, theirs, ours.numpy()).astype(np.float64))
 
 
 # --------------------------------------------------------------------------------------- blocks
@@ -221,9 +217,7 @@ def forward(
     tensors |= {"x": tensor(inputs["x"], x_layout), "w": tensor(inputs["w"], w_layout)}
     if "residual" in inputs:
         tensors["residual"] = tensor(inputs["residual"], NHWC)
-    program = compiler.forward(
-        problem, x_layout, tensors["w"].stride(), out_layout, save, target
-    )
+    program = compiler.forward(problem, x_layout, tensors["w"].stride(), out_layout, save, target)
     how = f"forward x, w, out {layouts} save={save} threads={threads} {target and target.name}"
     results = run(program, tensors, outputs_of(problem, save, out_layout), threads)
     return results, Context(problem, how, program)
@@ -269,7 +263,14 @@ def backward(
     given = {"x": gx_layout, "residual": NHWC}
     made = {f"g{n}": unwritten(shapes[n], given.get(n, NCHW)) for n in needs}
     program = compiler.backward(
-        problem, grad_layout, x_layout, tensors["w"].stride(), gx_layout, result_layout, needs, target
+        problem,
+        grad_layout,
+        x_layout,
+        tensors["w"].stride(),
+        gx_layout,
+        result_layout,
+        needs,
+        target,
     )
     how = f"backward grad, x, w, gx, result {layouts} {needs} threads={threads}"
     how += f" {target and target.name}"

@@ -173,7 +173,9 @@ def test_layers_of_real_size(line: str) -> None:
             context.check(name, grad, grads[name])
 
 
-@pytest.mark.parametrize("line", ["max n2 c19x30x30 17x17 s1 p8", "max n1 c3x40x9 257x1 s1 p128,128,0,0"])
+@pytest.mark.parametrize(
+    "line", ["max n2 c19x30x30 17x17 s1 p8", "max n1 c3x40x9 257x1 s1 p128,128,0,0"]
+)
 def test_windows_of_more_taps_than_a_byte_counts(line: str) -> None:
     problem = parse(line)
     assert isinstance(problem, Pool)
@@ -224,10 +226,7 @@ def test_pools_of_any_shape(problem: Pool) -> None:
 ELSEWHERE = (
     *(biased(case) for case in CONVS[::7]),
     *(case.block for case in BLOCKS[::7] if kt.is_covered(case.block)),
-    *(
-        Block(case.conv)
-        for case in SPREAD[::7]
-    ),
+    *(Block(case.conv) for case in SPREAD[::7]),
     parse("conv n1 c19x7x7 k19 3x3 s2 p1 g19 | bias | relu"),
     parse("conv n1 c33x5x5 k37 3x3 p1 | bias | leaky_relu(0.5)"),
     parse("conv n2 c3x8x8 k19 3x3 p1 | bias | relu | max 2x2"),
