@@ -36,7 +36,6 @@ from .problem import Act, Bias, Block, parse
 from .program import Program
 from .target import Target, host
 
-ROUNDS = 25
 SAMPLE = 1e-3
 """Seconds that one sample lasts at least: short calls are repeated."""
 
@@ -371,7 +370,7 @@ class Row:
         }
 
 
-def measure(case: Case, rounds: int = ROUNDS, sample: float = SAMPLE) -> Row:
+def measure(case: Case, rounds: int, sample: float = SAMPLE) -> Row:
     """Measure a case with the threads that PyTorch is set to; WrongResult if it goes wrong."""
     used = thread_count()
     found = contenders(case)

@@ -98,21 +98,25 @@ def contenders(case: NetworkCase) -> dict[str, Callable[[], Tensor]]:
 
     A call returns the logits, or after a training step its loss.
     """
-    torch.manual_seed(0)
-    start = models.parse(ARCHITECTURE)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        start = models.parse(ARCHITECTURE)
     pictures = whole_numbers((case.batch, 1, 28, 28), 2, seed=1)
     labels = torch.arange(case.batch) % models.class_count(ARCHITECTURE)
     found = {}
-    for names, make in ((OURS, lambda: models.parse(ARCHITECTURE)), (TORCH, in_torch)):
+    sides: tuple[tuple[dict[str, str], Callable[[], nn.Module]], ...] = (
+        (OURS, lambda: models.parse(ARCHITECTURE)),
+        (TORCH, in_torch),
+    )
+    for names, make in sides:
         for layout, name in names.items():
             network = make()
             for ours, given in zip(network.parameters(), start.parameters(), strict=True):
                 ours.data.copy_(given.data)
             # Not `.to`, which leaves tensors of one channel as they are.
             x = torch.empty(pictures.shape, memory_format=FORMATS[layout]).copy_(pictures)
-            network = network.to(memory_format=FORMATS[layout])
-            train = _step(network, x, labels)
-            found[name] = train if case.training else _inference(network, x)
+            network.to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
+            found[name] = _step(network, x, labels) if case.training else _inference(network, x)
     return found
 
 

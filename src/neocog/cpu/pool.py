@@ -15,7 +15,7 @@ from llvmlite import ir
 from ..geometry import Window
 from ..steps import Pooling
 from ..target import Target
-from .lanes import F32, I8, I32, Emitter, Int
+from .lanes import F32, I8, I32, I64, Emitter, Int
 from .runtime import Kernel, compile_kernel
 
 UNROLLED_TAPS = 16
@@ -87,15 +87,17 @@ class Sink:
     winners_pixel: Int = 0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Bounds:
-    """One axis of one window clipped to the map: taps ``low <= k < high``, all if ``full``."""
+    """One axis of one window clipped to the map: taps ``low <= k < high``.
+
+    Where the window is known to lie inside, the numbers are Python ints.
+    """
 
     start: Int
-    low: ir.Value
-    high: ir.Value
-    full: ir.Value
-    padded: ir.Value
+    low: Int
+    high: Int
+    padded: Int
     """Taps on the map or its padding: what an average with ``count_include_pad`` divides by."""
 
 
@@ -107,38 +109,74 @@ def bounds(e: Emitter, window: Window, start: Int, n: Int) -> Bounds:
         reach = e.max(e.sub(position, start), 0)
         return e.min(e.divmod(e.add(reach, window.dilation - 1), window.dilation)[0], window.size)
 
-    low, high = taps_below(0), taps_below(n)
-    full = e.b.and_(e.equal(low, 0), e.equal(high, window.size))
-    return Bounds(start, low, high, full, taps_below(e.add(n, window.high)))
+    return Bounds(start, taps_below(0), taps_below(n), taps_below(e.add(n, window.high)))
+
+
+def inside(window: Window, start: Int) -> Bounds:
+    """The window that starts at ``start`` and lies whole on the map."""
+    return Bounds(start, 0, window.size, window.size)
+
+
+def each_window(
+    e: Emitter,
+    pool: Pooling,
+    top: Int,
+    count: Int,
+    size: tuple[Int, Int],
+    visit: Callable[[Int, Bounds, Bounds], None],
+) -> None:
+    """``visit(o, rows, cols)`` for the ``count`` windows whose first row is ``top``.
+
+    Windows that lie inside the map of ``size`` (height, width) come first, with bounds known at
+    compile time, then those that a border clips.
+    """
+    rows, window = bounds(e, pool.rows, top, size[0]), pool.cols
+
+    def left(o: Int) -> Int:
+        return e.sub(e.mul(o, window.stride), window.low)
+
+    def clipped(o: Int) -> None:
+        visit(o, rows, bounds(e, window, left(o), size[1]))
+
+    if pool.rows.size * window.size > UNROLLED_TAPS:
+        e.loop(0, count, clipped)
+        return
+    first = -(-window.low // window.stride)
+    room = e.sub(e.add(size[1], window.low), window.span)
+    fitting = e.add(e.divmod(e.max(room, 0), window.stride)[0], 1)
+    last = e.b.select(e.less(room, 0), I64(0), e.min(fitting, count))
+    rows_inside = e.b.and_(e.equal(rows.low, 0), e.equal(rows.high, pool.rows.size))
+    number = e.b.select(rows_inside, e.max(e.sub(last, first), 0), I64(0))
+
+    def whole(o: Int) -> None:
+        visit(o, inside(pool.rows, top), inside(window, left(o)))
+
+    def rest(i: Int) -> None:
+        clipped(e.add(i, e.b.select(e.less(i, first), I64(0), number)))
+
+    e.loop(first, e.add(number, first), whole)
+    e.loop(0, e.sub(count, number), rest)
 
 
 def each_tap(
     e: Emitter,
-    pool: Pooling,
     rows: Bounds,
     cols: Bounds,
     carry: Sequence[ir.Value],
     visit: Callable[..., Sequence[ir.Value] | None],
 ) -> list[ir.Value]:
     """``carry = visit(kh, kw, *carry)`` for every tap inside the map, in row-major order."""
-    height, width = pool.rows.size, pool.cols.size
-
-    def straight() -> list[ir.Value]:
+    if isinstance(rows.high, int) and isinstance(cols.high, int):
         state = list(carry)
-        for kh in range(height):
-            for kw in range(width):
+        for kh in range(rows.high):
+            for kw in range(cols.high):
                 state = list(visit(kh, kw, *state) or ())
         return state
 
-    def clipped() -> list[ir.Value]:
-        def row(kh: Int, *state: ir.Value) -> list[ir.Value]:
-            return e.loop(cols.low, cols.high, lambda kw, *s: visit(kh, kw, *s), state)
+    def row(kh: Int, *state: ir.Value) -> list[ir.Value]:
+        return e.loop(cols.low, cols.high, lambda kw, *s: visit(kh, kw, *s), state)
 
-        return e.loop(rows.low, rows.high, row, carry)
-
-    if height * width > UNROLLED_TAPS:
-        return clipped()
-    return e.choose(e.b.and_(rows.full, cols.full), straight, clipped)
+    return e.loop(rows.low, rows.high, row, carry)
 
 
 def divisor(e: Emitter, pool: Pooling, rows: Bounds, cols: Bounds) -> ir.Value:
@@ -186,15 +224,11 @@ def pool_row(
 ) -> None:
     """``count`` windows whose first row stands at ``top``, on ``vectors`` vectors of channels."""
     reduction = REDUCTIONS[pool.kind](pool, sink.winners is not None)
-    rows = bounds(e, pool.rows, top, source.height)
 
-    def window(o: ir.Value) -> None:
-        left = e.sub(e.mul(o, pool.cols.stride), pool.cols.low)
-        cols = bounds(e, pool.cols, left, source.width)
-
+    def window(o: Int, rows: Bounds, cols: Bounds) -> None:
         def visit(kh: Int, kw: Int, *states: ir.Value) -> list[ir.Value]:
             y = e.add(top, e.mul(kh, pool.rows.dilation))
-            x = e.add(left, e.mul(kw, pool.cols.dilation))
+            x = e.add(cols.start, e.mul(kw, pool.cols.dilation))
             where = e.at(source.row(y), e.mul(x, source.pixel))
             code, size, result = tap_code(e, pool, kh, kw), len(states) // vectors, []
             for j in range(vectors):
@@ -203,7 +237,7 @@ def pool_row(
             return result
 
         first = tap_code(e, pool, rows.low, cols.low)
-        states = each_tap(e, pool, rows, cols, reduction.init(e, first) * vectors, visit)
+        states = each_tap(e, rows, cols, reduction.init(e, first) * vectors, visit)
         size, by = len(states) // vectors, divisor(e, pool, rows, cols)
         out = e.at(sink.out, e.mul(o, sink.out_pixel))
         for j in range(vectors):
@@ -216,7 +250,7 @@ def pool_row(
                 where = e.at_byte(sink.winners, offset)
                 e.store_masked(code, where, masks[j], 1, f"i{kind.width}")
 
-    e.loop(0, count, window)
+    each_window(e, pool, top, count, (source.height, source.width), window)
 
 
 @dataclass(frozen=True)

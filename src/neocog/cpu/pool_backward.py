@@ -150,21 +150,16 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
 def _window_row(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value) -> None:
     pool = plan.windows
     top = e.sub(e.mul(row, pool.rows.stride), pool.rows.low)
-    rows = pooling.bounds(e, pool.rows, top, f.height)
 
-    def window(o: ir.Value) -> None:
-        left = e.sub(e.mul(o, pool.cols.stride), pool.cols.low)
-        cols = pooling.bounds(e, pool.cols, left, f.width)
-
+    def window(o: Int, rows: pooling.Bounds, cols: pooling.Bounds) -> None:
         def channels(first: Int, vectors: int, masks) -> None:
             for j in range(vectors):
-                _window(
-                    e, plan, f, image, row, o, (rows, cols), e.add(first, j * e.lanes), masks[j]
-                )
+                channel = e.add(first, j * e.lanes)
+                _window(e, plan, f, image, row, o, (rows, cols), channel, masks[j])
 
         pooling.channel_blocks(e, plan.channels, channels)
 
-    e.loop(0, f.cols, window)
+    pooling.each_window(e, pool, top, f.cols, (f.height, f.width), window)
 
 
 def _window(e: Emitter, plan, f, image, row, o, box, channel: Int, mask) -> None:
@@ -204,4 +199,4 @@ def _window(e: Emitter, plan, f, image, row, o, box, channel: Int, mask) -> None
             value = e.b.fadd(e.vload(where, 0, mask), value)
         e.vstore(value, where, 0, mask)
 
-    pooling.each_tap(e, pool, rows, cols, (), visit)
+    pooling.each_tap(e, rows, cols, (), visit)
