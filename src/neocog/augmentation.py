@@ -1,14 +1,19 @@
-"""Augmentation: each time a picture is trained on, it is turned, scaled and slanted a little anew.
+"""Augmentation: each time a picture is trained on, it is turned, scaled, slanted and bent anew.
 
 The same policy serves every network that is compared, and it never shifts a picture. That is for
 the sake of the table of shifted test pictures that training ends with: no network has met a
-shifted digit, so what one keeps of its accuracy under shifts, its architecture gave it. Measured
-for ``neocog train`` (seed 0; mean test accuracy in percent, shifted by 0, 1, 2, 3, 4 pixels):
+shifted digit, so that what one keeps of its accuracy under shifts is its architecture's doing.
+Measured with ``neocog train``'s settings and seed 0: test accuracy in percent after a shift by
+0, 1, 2, 3 and 4 pixels.
 
-@@TABLE@@
+    trained on                    32C3-P2-64C3-P2-10            64-10
+    pictures as they are          97.7  96.8  92.4  78.0  53.2  94.0  89.8  69.3  43.0  24.3
+    this policy                   98.4  98.2  97.0  93.2  81.4  96.8  95.4  88.4  68.5  42.6
+    and shifts by up to 2 pixels  98.5  98.4  98.2  97.0  94.0  96.6  96.5  94.9  90.1  75.3
 
-With shifts among the augmentations both networks learn what the table is to ask; without any
-augmentation the table tells the same as with this one, but both read fewer digits.
+Shown no distortions, both read fewer digits. Shown shifts, both are taught what the table is
+meant to ask. Bending does move single strokes, by up to two pixels, which helps both networks
+under shifts; the picture as a whole stays where it is.
 """
 
 from __future__ import annotations
@@ -39,11 +44,11 @@ class Augmentation:
             pixels), for pictures that are not dark there.
     """
 
-    rotation: float = 12.0
-    scale: float = 0.1
-    shear: float = 0.1
+    rotation: float = 15.0
+    scale: float = 0.15
+    shear: float = 0.2
     shift: float = 0.0
-    bend: float = 0.0
+    bend: float = 0.07
     fill: str = "zeros"
 
     def __call__(self, images: Tensor, generator: Generator) -> Tensor:

@@ -151,8 +151,10 @@ def _winner_fields(winners: Map | None) -> dict[str, Place | int]:
 
 
 def _pack_weights(p, target, plan, weights: Weights, taps, packed: Place, groups: int) -> None:
+    contiguous = weights.into == len(taps) and taps == list(range(len(taps)))
     p.step(
-        copy_kernel(copy.pack_weights, target, plan.blocks), groups * plan.blocks_per_group,
+        copy_kernel(copy.pack_weights, target, plan.blocks, contiguous),
+        groups * plan.blocks_per_group,
         w=weights.place, w_out=weights.out, w_in=weights.into, group_step=weights.group,
         packed=packed, chunks=1, chunk_step=0, taps=p.constant(taps), n_taps=len(taps),
         channels=plan.channels, out_channels=plan.out_channels,

@@ -64,11 +64,14 @@ def logits(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> Te
     return torch.cat(answers)
 
 
-def score(model: nn.Module, split: Split, preprocessing: Preprocessing) -> tuple[float, float]:
+def score(
+    model: nn.Module, split: Split, preprocessing: Preprocessing, label_smoothing: float = 0.0
+) -> tuple[float, float]:
     """(mean cross-entropy, share read rightly)."""
     answers = logits(model, split.images, preprocessing)
     right = int((answers.argmax(dim=1) == split.labels).sum())
-    return F.cross_entropy(answers, split.labels).item(), right / len(split)
+    loss = F.cross_entropy(answers, split.labels, label_smoothing=label_smoothing)
+    return loss.item(), right / len(split)
 
 
 def evaluate(

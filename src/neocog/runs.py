@@ -2,7 +2,7 @@
 
     config.json        what was asked for, and the data's fingerprint
     last.safetensors   the state after the last finished epoch, to resume from
-    best.safetensors   the network at its best validation accuracy; mlp.safetensors likewise
+    best.safetensors   the network at its lowest validation loss; mlp.safetensors likewise
     metrics.json       the results: accuracies, shift table, history
     training.png  shifts.png  right-*.png  wrong-*.png
 

@@ -60,8 +60,8 @@ class Settings:
     """
 
     architecture: str = "32C3-P2-64C3-P2-10"
-    epochs: int = 20
-    batch_size: int = 64
+    epochs: int = 30
+    batch_size: int = 32
     lr: float = 2e-3
     seed: int = 0
     mlp: bool = True
@@ -225,8 +225,12 @@ class Trainer:
         return len(self.history) >= self.settings.epochs
 
     def best_epoch(self, name: str) -> int:
-        """The epoch, from 1, of a network's best validation accuracy; of equal ones the last."""
-        return max((row[name]["val_accuracy"], row["epoch"]) for row in self.history)[1]
+        """The epoch, from 1, of a network's lowest validation loss; of equal ones the last.
+
+        Not of its highest accuracy: on a few hundred pictures that goes up and down by luck, and
+        an early epoch can win. The loss is the one that is trained on, label smoothing included.
+        """
+        return -min((row[name]["val_loss"], -row["epoch"]) for row in self.history)[1]
 
     def run_epoch(self, on_step: OnStep = lambda step, steps, losses: None) -> dict[str, Any]:
         """Shows every training picture once, validates, and returns the new row of the history.
@@ -255,7 +259,9 @@ class Trainer:
             on_step(step, self.steps, {name: total / seen for name, total in losses.items()})
         row: dict[str, Any] = {"epoch": epoch}
         for name, learner in self.learners.items():
-            val_loss, val_accuracy = score(learner.best, self.val, self.preprocessing)
+            val_loss, val_accuracy = score(
+                learner.best, self.val, self.preprocessing, self.settings.label_smoothing
+            )
             if not (learner.is_finite() and math.isfinite(val_loss)):
                 raise self._diverged("a weight is not finite", name, epoch, self.steps)
             row[name] = {

@@ -38,10 +38,10 @@ def train(
         ),
     ] = None,
     epochs: Annotated[
-        int | None, typer.Option(metavar="N", help="Rounds through the data.", show_default="20")
+        int | None, typer.Option(metavar="N", help="Rounds through the data.", show_default="30")
     ] = None,
     batch_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Pictures a step.", show_default="64")
+        int | None, typer.Option(metavar="N", help="Pictures a step.", show_default="32")
     ] = None,
     lr: Annotated[
         float | None,

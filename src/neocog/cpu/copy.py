@@ -101,14 +101,20 @@ def _transpose_function(e: Emitter) -> ir.Function:
 
 def _transpose_tile(e: Emitter, source, source_stride, to, to_stride, rows, columns) -> None:
     """One square of lanes x lanes, its rows and columns beyond the given counts masked off."""
-    vectors = []
-    for r in range(e.lanes):
-        # min(columns, 0) where the row is outside: an all-false mask touches no memory.
-        valid = e.b.select(e.less(r, rows), columns, I64(0))
-        vectors.append(e.vload(source, e.mul(source_stride, r), e.lane_mask(valid)))
+    vectors = _load_square(e, source, source_stride, rows, columns)
     for c, vector in enumerate(transposed(e, vectors)):
         valid = e.b.select(e.less(c, columns), rows, I64(0))
         e.vstore(vector, to, e.mul(to_stride, c), e.lane_mask(valid))
+
+
+def _load_square(e: Emitter, source, stride, rows: Int, columns: Int) -> list[ir.Value]:
+    """lanes x lanes elements as rows of vectors, 0 beyond the given counts."""
+    vectors = []
+    for r in range(e.lanes):
+        # No columns where the row is outside: an all-false mask touches no memory.
+        valid = e.b.select(e.less(r, rows), e.i(columns), I64(0))
+        vectors.append(e.vload(source, e.mul(stride, r), e.lane_mask(valid)))
+    return vectors
 
 
 def transposed(e: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
@@ -168,10 +174,12 @@ WEIGHTS = (
 )  # fmt: skip
 
 
-def pack_weights(target: Target, blocks: int) -> Kernel:
+def pack_weights(target: Target, blocks: int, contiguous: bool) -> Kernel:
     """Weights into [block][tap][channel][NB x lanes], zeros beyond the last output channel.
 
     ``w_out``, ``w_in``, ``group_step``: strides of ``w``; ``taps``: the offset of each tap in it.
+    ``contiguous``: tap t of input channel c stands at ``c * n_taps + t``; squares are then
+    transposed in registers, which is several times faster than gathering.
     Items: groups x blocks per group. (``chunks`` and ``chunk_step`` are for the way back.)
     """
     e = Emitter(target, f"pack_weights_{blocks}")
@@ -180,8 +188,33 @@ def pack_weights(target: Target, blocks: int) -> Kernel:
         def vector(where: ir.Value, packed: ir.Value, mask: ir.Value) -> None:
             e.vstore(e.gather(where, f.w_out, mask), packed)
 
-        _each_weight_vector(e, f, begin, end, blocks, vector)
+        if contiguous:
+            e.loop(begin, end, lambda item: _pack_contiguous(e, f, item, blocks))
+        else:
+            _each_weight_vector(e, f, begin, end, blocks, vector)
     return compile_kernel(e, WEIGHTS)
+
+
+def _pack_contiguous(e: Emitter, f, number: ir.Value, blocks: int) -> None:
+    width, size = blocks * e.lanes, e.mul(f.n_taps, f.channels)
+    group, block = e.divmod(number, f.blocks_per_group)
+    first = e.mul(block, width)
+    start = e.at(f.w, e.add(e.mul(group, f.group_step), e.mul(first, f.w_out)))
+    to = e.at(f.packed, e.mul(number, e.mul(size, width)))
+    for j in range(blocks):
+        rows = e.sub(f.out_channels, e.add(first, j * e.lanes))
+
+        def square(i: Int, j: int = j, rows: Int = rows) -> None:
+            source = e.at(start, e.add(e.mul(f.w_out, j * e.lanes), i))
+            vectors = _load_square(e, source, f.w_out, rows, e.sub(size, i))
+            for c, vector in enumerate(transposed(e, vectors)):
+                column = e.add(i, c)
+                channel, tap = e.divmod(column, f.n_taps)
+                place = e.mul(e.add(e.mul(tap, f.channels), channel), width)
+                mask = e.lane_mask(e.b.select(e.less(column, size), I64(e.lanes), I64(0)))
+                e.vstore(vector, to, e.add(place, j * e.lanes), mask)
+
+        e.loop(0, size, square, step=e.lanes)
 
 
 def unpack_weights(target: Target, blocks: int) -> Kernel:
