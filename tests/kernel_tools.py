@@ -360,7 +360,6 @@ def in_child(module: str, function: str, timeout: float = 120, **environment: st
 
     Returns what it printed; fails unless it exits with code 0 and silent stderr.
     """
-
     paths = [str(Path(__file__).parent), *sys.path]
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", f"import {module}; {module}.{function}()"],

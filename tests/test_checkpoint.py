@@ -178,7 +178,7 @@ def test_a_header_that_is_no_json_is_refused(path):
 # --- models that others wrote
 
 
-FACTORIES = '''
+FACTORIES = """
 import torch
 from torch import nn
 import neocog.nn as cog
@@ -200,7 +200,7 @@ def wrong_shape():
 def number(): return 7
 def broken(): raise KeyError("no\\nwidth")
 constant = 7
-'''
+"""
 
 
 @pytest.fixture
@@ -293,7 +293,7 @@ def test_weights_that_do_not_fit_are_refused(workplace, content, message):
         ("ours.nets:missing", "'missing' is nothing in module 'ours.nets'"),
         ("ours.nets:constant", "'constant' is no function but int in module 'ours.nets'"),
         ("ours.nets:number", "number() made int, expected a torch.nn.Module"),
-        ("ours.nets:broken", "broken() failed: KeyError: 'no\\\\nwidth'"),
+        ("ours.nets:broken", "broken() failed: KeyError: 'no\\nwidth'"),
         ("ours.nets:wrong_shape", "in_shape is (8, 8), expected (channels, height, width)"),
         ("ours.nets", "no such file or folder; expected a run directory, a checkpoint"),
         ("ours.nets:", "no such file or folder"),

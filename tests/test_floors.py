@@ -20,13 +20,13 @@ FLOORS = {
     3: "reference",
     4: "target",
     5: "cpu",
-    6: "program kernels maps pools convolutions compiler execution",
-    7: "handback ops",
+    6: "program kernels maps pools convolutions compiler",
+    7: "execution handback ops",
     8: "functional nn",
     9: (
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
-        "sight layers tracing benchmark"
+        "sight layers tracing benchmark network_benchmark diagnosis"
     ),
     10: "cli __main__",
 }
@@ -39,8 +39,7 @@ BESIDE = {
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
     "compiler": "convolutions kernels maps pools program",
-    "execution": "compiler maps",
-    "ops": "handback",
+    "ops": "execution handback",
     "nn": "functional",
     "images": "strokes",
     "idx": "images",
@@ -54,6 +53,8 @@ BESIDE = {
     "runs": "checkpoint data evaluation files images models plots shifts training",
     "layers": "sight",
     "tracing": "layers sight",
+    "network_benchmark": "models benchmark",
+    "diagnosis": "benchmark",
     "__main__": "cli",
 }
 ALLOWED = {(one, other) for one, others in BESIDE.items() for other in others.split()}

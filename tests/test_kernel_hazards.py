@@ -41,7 +41,7 @@ POOLS = (
     "max n2 c19x5x7 2x2",
     "max n1 c67x5x5 3x3 s2 p1 ceil",
     "max n2 c5x1x1 1x1",
-    "max n1 c3x19x19 17x17 s1 p8",
+    "max n1 c3x4x5 17x17 s1 p8",
     "mean n2 c19x5x7 3x3 s2 p1",
     "mean n1 c1x6x6 2x2",
 )

@@ -99,7 +99,9 @@ def test_nan_and_infinities_spread_as_in_torch(
     """In whole vectors of channels and in what is left over, forward and backward."""
     x, b = spoiled((2, 3, 9, 9), 0).requires_grad_(), spoiled((channels,), 1).requires_grad_()
     w = torch.tensor(kt.integers((channels, 3, 3, 3), 2), dtype=torch.float32).requires_grad_()
-    theirs = torch_block(x, w, b, activation, pool)
+    # In float64, where torch multiplies padding out: its float32 kernels skip some products of
+    # padding with infinity (NaN by IEEE 754) and not others, depending on the channels.
+    theirs = torch_block(x.double(), w.double(), b.double(), activation, pool).float()
     ours = functional.conv_block(x, w, b, padding=1, activation=activation, pool=pool, **options)
     grad = spoiled(tuple(theirs.shape), 3)
     assert theirs.isnan().any() and not theirs.isnan().all()
@@ -117,7 +119,7 @@ def test_nan_and_infinities_in_pools(channels: int, window: tuple[int, ...]) -> 
     for layout in LAYOUTS:
         pair = []
         for pool in (functional.max_pool2d, F.max_pool2d):
-            leaf = x.contiguous(memory_format=execution.FORMATS[layout]).requires_grad_()
+            leaf = x.clone(memory_format=execution.FORMATS[layout]).requires_grad_()
             y = pool(leaf, *window)
             y.backward(spoiled(tuple(y.shape), 1))
             pair.append((y.detach(), leaf.grad))
@@ -203,22 +205,20 @@ def test_every_cache_is_bounded() -> None:
 
 
 def child_sees_many_sizes() -> None:
-    most = max(cache.cache_info().maxsize for cache in CACHES)
-    sizes = [(1 + n % 3, 9 + n % 37, 9 + n // 37) for n in range(most + 1000)]
     peaks = []
-    for n, size in enumerate(sizes):
-        train_once(*size, NCHW)
-        if n >= most:  # by then every cache is full
-            peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
-    print(len(peaks), peaks[-1] - peaks[0])
+    for n in range(900):
+        train_once(1 + n % 3, 9 + n % 37, 9 + n // 37, NCHW)
+        peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    full = compiler.forward.cache_info()
+    assert full.currsize == full.maxsize < 300
+    print(peaks[-1] - peaks[300])
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ru_maxrss counts KiB on Linux")
 def test_many_sizes_do_not_grow_the_process() -> None:
-    text = kt.in_child("test_kernel_state", "child_sees_many_sizes").split()
-    assert int(text[0]) == 1000
-    assert float(text[1]) < 24, f"{text[1]} MiB for 1,000 further sizes"
+    grown = float(kt.in_child("test_kernel_state", "child_sees_many_sizes"))
+    assert grown < 12, f"{grown} MiB for 600 further sizes, of which no program was kept"
 
 
 def test_machine_code_lives_as_long_as_its_programs() -> None:

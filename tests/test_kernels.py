@@ -174,7 +174,7 @@ def test_layers_of_real_size(line: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["max n2 c19x30x30 17x17 s1 p8", "max n1 c3x40x9 257x1 s1 p128,128,0,0"]
+    "line", ["max n1 c19x18x18 17x17 s4 p8", "max n1 c3x40x9 257x1 s1 p128,128,0,0"]
 )
 def test_windows_of_more_taps_than_a_byte_counts(line: str) -> None:
     problem = parse(line)

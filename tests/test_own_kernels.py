@@ -52,7 +52,9 @@ def test_training_runs_in_our_kernels(digits, preprocessing):
 
 def test_evaluation_runs_in_our_kernels(digits, preprocessing):
     model = models.parse("32C3-P2-64C3-A2-10", digits.in_shape)
-    names = operators(lambda: evaluation.evaluate(model, digits.test, preprocessing, digits.classes))
+    names = operators(
+        lambda: evaluation.evaluate(model, digits.test, preprocessing, digits.classes)
+    )
     assert "neocog::conv_block" in names
     assert foreign(names) == set()
 

@@ -358,7 +358,8 @@ class Row:
             "share": self.share,
             "multiply_adds": self.case.multiply_adds,
         }
-        row |= {f"{name.replace(' ', '_')}_ms": 1e3 * s for name, s in seconds.items()}
+        for name in (PROGRAM, CALL, *TORCH.values()):
+            row[f"{name.replace(' ', '_')}_ms"] = 1e3 * seconds[name]
         return row | {
             "torch_ms": 1e3 * self.torch,
             "ratio": self.ratio,

@@ -15,7 +15,7 @@ from .errors import Unsupported
 from .kernels import copy_kernel
 from .maps import Halo, Map, copy_out, deliver, halo_of, read, scratch_map, written
 from .pools import pool_steps, unpool
-from .problem import Act, Add, Affine, Bias, Block, Pool
+from .problem import Act, Add, Affine, Bias, Block, Pool, Pooling
 from .program import Place, Program
 from .target import Target, host
 
@@ -37,7 +37,7 @@ def forward(
     ``save`` what the backward pass needs: winners (max pool) or before (the NHWC map before a mean
     pool, if there is an activation). Unsupported for what no kernel covers.
     """
-    ep.check_supported(block.epilogue)
+    _check_computable(block)
     target, conv, pooled = target or host(), block.conv, block.pool
     params = ep.parameters(block.epilogue)
     extras = [*params, *(["residual"] if ep.adds_residual(block.epilogue) else [])]
@@ -115,12 +115,23 @@ def backward(
     return p
 
 
-def check_trainable(block: Block) -> None:
-    """Unsupported for epilogues whose gradients no kernel computes."""
+def _check_computable(block: Block) -> None:
+    """Unsupported for blocks that no kernel computes."""
     ep.check_supported(block.epilogue)
-    for window in (block.conv.rows, block.conv.cols):
-        if window.base_dilation != 1:
-            raise Unsupported(f"the gradient of a base dilation ({window}): no kernel yet")
+    whole = [s for s in block.epilogue if isinstance(s, Add | Pooling)]
+    if whole and _is_spread(block):
+        raise Unsupported(f"base dilation with {whole[0]}: outputs are computed phase by phase")
+
+
+def _is_spread(block: Block) -> bool:
+    return any(w.base_dilation != 1 for w in (block.conv.rows, block.conv.cols))
+
+
+def check_trainable(block: Block) -> None:
+    """Unsupported for blocks whose gradients no kernel computes."""
+    _check_computable(block)
+    if _is_spread(block):
+        raise Unsupported("the gradient of a base dilation: no kernel yet")
     kinds = [type(step) for step in block.epilogue]
     if Affine in kinds:
         raise Unsupported("the gradient of an affine step: no kernel yet")

@@ -151,11 +151,13 @@ def _winner_fields(winners: Map | None) -> dict[str, Place | int]:
 
 
 def _pack_weights(p, target, plan, weights: Weights, taps, packed: Place, groups: int) -> None:
+    # In a depthwise layer each output channel is a group of its own.
+    out = weights.group if plan.depthwise else weights.out
     contiguous = weights.into == len(taps) and taps == list(range(len(taps)))
     p.step(
         copy_kernel(copy.pack_weights, target, plan.blocks, contiguous),
         groups * plan.blocks_per_group,
-        w=weights.place, w_out=weights.out, w_in=weights.into, group_step=weights.group,
+        w=weights.place, w_out=out, w_in=weights.into, group_step=weights.group,
         packed=packed, chunks=1, chunk_step=0, taps=p.constant(taps), n_taps=len(taps),
         channels=plan.channels, out_channels=plan.out_channels,
         blocks_per_group=plan.blocks_per_group,

@@ -16,7 +16,7 @@ from ..diagnosis import cpu_name
 from ..network_benchmark import ARCHITECTURE, NetworkCase, NetworkRow, measure_network
 from ..target import host
 
-WIDTH = 120
+WIDTH = 132
 """Columns of a table that goes into a file or a pipe."""
 
 Cells = Sequence[str | Text]
@@ -140,7 +140,7 @@ def _notes(notes: Sequence[str], rows: Sequence[Row] | Sequence[NetworkRow]) -> 
     disturbed = sum(row.times.disturbed for row in rows)
     lines = [
         f"{cpu_name()}, {host().name}, {first.threads} thread{'s' * (first.threads > 1)}; "
-        f"medians of {first.rounds} rounds in which all take turns",
+        f"medians of {first.rounds} round{'s' * (first.rounds > 1)} in which all take turns",
         *notes,
     ]
     if disturbed:

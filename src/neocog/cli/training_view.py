@@ -112,7 +112,7 @@ class TrainingView:
             "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n"
             "Neither was shown a shifted picture in training.\n"
             if "mlp" in metrics["shifted"]["0"]
-            else "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n",
+            else "Shifted test pictures: the mean over the four directions, zeros coming in.\n",
             style="dim",
         )
         self.console.print(f"{metrics['seconds']:.1f} s of training. In {run.folder}:")

@@ -245,6 +245,11 @@ class Emitter:
         if mask is None:
             self.b.store(value, where, align=align)
             return
+        if isinstance(mask, ir.Constant) and mask.constant == self.lane_mask(1).constant:
+            # LLVM 22 turns a truncated vector stored through such a mask into a store of the
+            # element before truncation: four bytes where one is meant.
+            self.b.store(self.b.extract_element(value, I32(0)), where, align=align)
+            return
         kinds = [value.type, PTR, I32, self.mask_type]
         fn = self.intrinsic(f"llvm.masked.store.v{self.lanes}{suffix}.p0", VOID, kinds)
         self.b.call(fn, [value, where, I32(align), mask])
