@@ -1,7 +1,7 @@
-# make demo    train a network on handwritten digits, with neocog's own kernels
+# make demo    train a network on handwritten digits, with neocog's own kernels, and look into it
 # make test    the whole test suite
 # make check   what to run before every commit: lint, format, types, fast tests
-# make bench   how near the kernels come to the machine's peak
+# make bench   how near the kernels come to the machine's peak; results go to benchmarks/
 # make install only the set-up, which all of the above do by themselves
 #
 # PYTHON=/path/to/python3.12 picks the interpreter; it has to be 3.11 or newer.
@@ -38,6 +38,10 @@ $(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
 
 demo: install
 	$(BIN)/neocog train
+	@run=$$(ls -td runs/*/ | head -n 1) && set -x && \
+	  $(BIN)/neocog evaluate "$$run" && \
+	  $(BIN)/neocog predict "$$run" "$$run"right-*.png "$$run"wrong-*.png && \
+	  $(BIN)/neocog explain "$$run" "$$run"right-0.png --layer 2 --channel 5 --at 3,0
 
 test: install
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
@@ -49,7 +53,9 @@ check: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 bench: install
-	$(BIN)/neocog bench --blocks
+	$(BIN)/neocog bench --blocks --json benchmarks/blocks.json
+	$(BIN)/neocog bench --network --json benchmarks/network.json
+	$(BIN)/python benchmarks/contract.py --json benchmarks/contract.json
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -26,20 +26,14 @@ RUNNABLE = [target for target in TARGETS if target.requires <= host_features()]
 @pytest.mark.parametrize("target", RUNNABLE, ids=lambda target: target.name)
 def test_the_peak_kernel_does_the_multiply_adds_it_counts(target):
     trips, items = 3, 2
-    program, _, _ = benchmark.peak_program(target, items)
-    program.steps[0].fields["trips"] = trips
-    try:
-        program._built.clear()
-        x, y, start = 2.0, 3.0, 1.0
-        values = torch.tensor([x, y] + [start] * peak.accumulators(target))
-        values = values.repeat_interleave(target.lanes)
-        out = torch.full((items * target.lanes,), math.nan)
-        program.run(values.data_ptr(), out.data_ptr(), threads=1)
-    finally:
-        program.steps[0].fields["trips"] = benchmark.PEAK_TRIPS
-        program._built.clear()
+    program, _, work = benchmark.peak_program(target, items, trips)
+    x, y, start = 2.0, 3.0, 1.0
+    values = torch.tensor([x, y] + [start] * peak.accumulators(target))
+    values = values.repeat_interleave(target.lanes)
+    out = torch.full((items * target.lanes,), math.nan)
+    program.run(values.data_ptr(), out.data_ptr(), threads=1)
     assert len(values) == peak.values(target)
-    each = peak.multiply_adds(target, trips) // target.lanes
+    each = work // items // target.lanes
     assert out.tolist() == [start * peak.accumulators(target) + each * x * y] * len(out)
 
 

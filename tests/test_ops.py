@@ -1,7 +1,6 @@
-"""The operators of torch.library: schemas, fake kernels, autograd's wiring, torch.compile.
+"""The operators of torch.library: schemas, fake kernels, misuse, torch.compile, layouts.
 
-The wiring is tested in float64 with the reference as the engine; the kernels themselves are tested
-in test_kernels.py.
+The kernels themselves are tested in test_kernels.py, the wiring of autograd in test_autograd.py.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ from typing import Any
 
 import kernel_tools as kt
 import pytest
-import reference_engine
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 
-from neocog import functional, ops
+from neocog import functional
 from neocog import nn as neocog_nn
 from neocog.problem import pooling
 
@@ -110,8 +108,13 @@ SHAPES = (  # input and weight of a convolution with padding 1
     ((2, 3, 8, 9), (1, 3, 3, 3)),
     ((2, 3, 1, 1), (5, 3, 3, 3)),
     ((2, 5, 8, 9), (5, 5, 1, 1)),
+    ((2, 1, 1, 1), (5, 1, 3, 3)),
+    ((2, 1, 1, 5), (1, 1, 3, 3)),
     ((1, 1, 1, 1), (1, 1, 1, 1)),
 )
+
+
+MAPS = ((2, 3, 8, 9), (2, 1, 8, 9), (2, 3, 1, 1), (2, 1, 1, 1), (1, 1, 1, 1))
 
 
 def sliced(t: Tensor) -> Tensor:
@@ -173,10 +176,10 @@ def test_fake_blocks_have_the_real_strides(shapes: Any, epilogue: str) -> None:
         check_fake(torch.ops.neocog.conv_block_backward, given, (*PADDED, epilogue, needs))
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 9), (2, 1, 8, 9), (2, 3, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("kind", ["max", "mean"])
 def test_fake_pools_have_the_real_strides(shape: Any, kind: str) -> None:
-    step = pooling(kind, 2 if shape[2] > 1 else 1)
+    step = pooling(kind, min(2, shape[2]))
     for way, save in itertools.product(WAYS.values(), (False, True)):
         x = way(numbers(*shape))
         check_fake(torch.ops.neocog.pool, [x], (str(step), save))
@@ -223,112 +226,6 @@ def test_make_fx_with_symbolic_sizes() -> None:
     assert not isinstance(traced.shape[0], int) and not isinstance(traced.shape[2], int)
     for other in (x, numbers(7, 2, 15, 30)):
         assert torch.equal(graph(other, w), run(other, w))
-
-
-# ---------------------------------------------------------------------------- autograd's wiring
-
-
-@pytest.fixture
-def reference_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "engine", reference_engine)
-
-
-def wired(channels: int, outputs: int, window: Any, epilogue: str) -> tuple[Any, list[Tensor]]:
-    """A function of its differentiable inputs, and those inputs in float64."""
-    x = numbers(2, channels, 4, 5, dtype=torch.float64)
-    w = numbers(outputs, channels // window[3], 3, 2, dtype=torch.float64)
-    shape = torch.ops.neocog.conv_block(x, w, None, None, *window, "", False)[0].shape
-    optional = {
-        "bias": numbers(outputs, dtype=torch.float64) if "bias" in epilogue else None,
-        "add": numbers(*shape, seed=5, dtype=torch.float64) if "add" in epilogue else None,
-    }
-    present = [t for t in optional.values() if t is not None]
-
-    def run(x: Tensor, w: Tensor, *rest: Tensor) -> Tensor:
-        given = iter(rest)
-        b, r = (None if t is None else next(given) for t in optional.values())
-        return torch.ops.neocog.conv_block(x, w, b, r, *window, epilogue, True)[0]
-
-    return run, [t.requires_grad_() for t in (x, w, *present)]
-
-
-WIRINGS = [
-    (channels, outputs, window, " | ".join(filter(None, steps)))
-    for (channels, outputs, window), steps in itertools.product(
-        ((2, 3, PADDED), (4, 2, STRIDED)),
-        (
-            ("", "", "", ""),
-            ("bias", "", "relu", ""),
-            ("", "add", "leaky_relu(0.25)", ""),
-            ("bias", "", "relu", MAX),
-            ("", "", "leaky_relu(0.25)", MEAN),
-            ("bias", "add", "", MAX),
-            ("bias", "add", "", MEAN),
-        ),
-    )
-]
-
-
-@pytest.mark.parametrize("wiring", WIRINGS, ids=lambda w: f"{w[2][3]} {w[3] or 'plain'}")
-def test_gradients_of_blocks(reference_computes: None, wiring: Any) -> None:
-    run, inputs = wired(*wiring)
-    assert torch.autograd.gradcheck(run, inputs)
-    for number in range(len(inputs)):  # each alone: the others ask for no gradient
-        few = [t.detach().requires_grad_(n == number) for n, t in enumerate(inputs)]
-        assert torch.autograd.gradcheck(run, few)
-
-
-@pytest.mark.parametrize("wiring", WIRINGS[:7], ids=lambda w: w[3] or "plain")
-def test_second_gradients_of_blocks(reference_computes: None, wiring: Any) -> None:
-    run, inputs = wired(*wiring)
-    assert torch.autograd.gradgradcheck(run, inputs)
-
-
-@pytest.mark.parametrize("text", [MAX, MEAN, str(pooling("mean", 2, 1, 1, divisor_override=3))])
-def test_gradients_of_pools(reference_computes: None, text: str) -> None:
-    for x in (numbers(2, 3, 5, 4, dtype=torch.float64), numbers(1, 1, 3, 3, dtype=torch.float64)):
-        for way in (x, x.to(memory_format=LAST)):
-            way = way.detach().requires_grad_()
-
-            def run(x: Tensor) -> Tensor:
-                return torch.ops.neocog.pool(x, text, True)[0]
-
-            assert torch.autograd.gradcheck(run, way)
-            assert torch.autograd.gradgradcheck(run, way)
-
-
-def test_one_tensor_in_two_places(reference_computes: None) -> None:
-    """Its gradient is the sum of both, each counted once; so in second gradients."""
-    x = numbers(3, 3, 4, 4, dtype=torch.float64).requires_grad_()
-    w = numbers(3, 3, 3, 3, dtype=torch.float64).requires_grad_()
-
-    def residual(x: Tensor, w: Tensor) -> Tensor:
-        return torch.ops.neocog.conv_block(x, w, None, x, *PADDED, "add | leaky_relu(0.25)", True)[
-            0
-        ]
-
-    def weight(w: Tensor) -> Tensor:
-        return torch.ops.neocog.conv_block(w, w, None, None, *PADDED, "", True)[0]
-
-    for run, inputs in ((residual, (x, w)), (weight, (w,))):
-        assert torch.autograd.gradcheck(run, inputs)
-        assert torch.autograd.gradgradcheck(run, inputs)
-
-
-def test_the_reference_engine_is_the_kernels_double() -> None:
-    """Both engines give the same, in results, dtypes of what is saved, and strides."""
-    for row in BLOCKS:
-        x, w, b, r, *window = block_arguments(*row)
-        real = torch.ops.neocog.conv_block(x, w, b, r, *window, True)
-        ops.engine, kept = reference_engine, ops.engine
-        try:
-            double = torch.ops.neocog.conv_block(x, w, b, r, *window, True)
-        finally:
-            ops.engine = kept
-        assert double[0].dtype == torch.float64  # it was the reference indeed
-        for ours, theirs in zip(real, double, strict=True):
-            assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
-            torch.testing.assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
 
 
 # ------------------------------------------------------------------- misuse of the operators
@@ -409,7 +306,8 @@ def test_compiled_with_aot_eager(dynamic: bool) -> None:
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-@pytest.mark.parametrize(("x_way", "w_way"), itertools.product(WAYS, WAYS))
+@pytest.mark.parametrize("x_way", WAYS)
+@pytest.mark.parametrize("w_way", WAYS)
 def test_convolutions_have_torchs_strides(shapes: Any, x_way: str, w_way: str) -> None:
     x, w = WAYS[x_way](numbers(*shapes[0])), WAYS[w_way](numbers(*shapes[1]))
     ours, theirs = functional.conv2d(x, w, padding=1), F.conv2d(x, w, padding=1)
@@ -417,7 +315,7 @@ def test_convolutions_have_torchs_strides(shapes: Any, x_way: str, w_way: str) -
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 8, 9), (2, 1, 8, 9), (2, 3, 1, 1), (1, 1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", MAPS, ids=str)
 @pytest.mark.parametrize("way", WAYS)
 def test_pools_have_torchs_strides(shape: Any, way: str) -> None:
     x = WAYS[way](numbers(*shape))

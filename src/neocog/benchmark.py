@@ -187,15 +187,17 @@ def _seconds(run: Run, repeats: int) -> float:
 
 
 @functools.cache
-def peak_program(target: Target, items: int) -> tuple[Program, tuple[Tensor, ...], int]:
+def peak_program(
+    target: Target, items: int, trips: int = PEAK_TRIPS
+) -> tuple[Program, tuple[Tensor, ...], int]:
     """The program that does multiply-adds and nothing else, its buffers, and how many it does.
 
     One work item for each thread. Call buffers: values, out.
     """
     program = Program(("values", "out"))
     places = {name: program.buffer(name) for name in program.names}
-    program.step(peak.emit(target), items, **places, trips=PEAK_TRIPS)
-    program.work = items * peak.multiply_adds(target, PEAK_TRIPS)
+    program.step(peak.emit(target), items, **places, trips=trips)
+    program.work = items * peak.multiply_adds(target, trips)
     buffers = (torch.rand(peak.values(target)), torch.empty(items * target.lanes))
     return program, buffers, program.work
 

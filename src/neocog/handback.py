@@ -12,6 +12,7 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .problem import Act, Pooling, Step
 
@@ -34,7 +35,8 @@ HANDED_BACK = (
     ("autocast", "computed by PyTorch in the lower precision it asks for"),
     ("leaky_relu with a negative slope", "computed by PyTorch"),
     ("channels, kernels or images of size 0", "PyTorch decides what they mean"),
-    ("tensor subclasses and functorch transforms", "computed by PyTorch"),
+    ("max_pool2d with return_indices", "computed by PyTorch"),
+    ("transforms of torch.func, forward-mode differentiation", "computed by PyTorch"),
     ("double backward", "recomputed and differentiated by PyTorch"),
 )
 """What goes to PyTorch, and why; for ``neocog doctor``."""
@@ -59,6 +61,11 @@ def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
             return f"layout {t.layout}"
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
+    if not torch.compiler.is_compiling():
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "a transform of torch.func"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation"
     for step in steps:
         if isinstance(step, Act) and step.slope < 0:
             return f"{step}: a negative slope"

@@ -11,9 +11,10 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from ..benchmark import CALL, CASES, PROGRAM, Case, Row, measure
+from .. import benchmark, network_benchmark
+from ..benchmark import CALL, PROGRAM, Case, Row
 from ..diagnosis import cpu_name
-from ..network_benchmark import ARCHITECTURE, NetworkCase, NetworkRow, measure_network
+from ..network_benchmark import ARCHITECTURE, NetworkCase, NetworkRow
 from ..target import host
 
 WIDTH = 132
@@ -43,8 +44,8 @@ NETWORK_NOTES = (
 def what_can_be_measured() -> str:
     """What ``neocog bench`` says if it is not told what to measure."""
     return (
-        f"neocog bench --blocks   {len(CASES)} blocks: their share of the processor's peak, and "
-        "PyTorch's time\n"
+        f"neocog bench --blocks   {len(benchmark.CASES)} blocks: their share of the processor's "
+        "peak, and PyTorch's time\n"
         f"neocog bench --network  {ARCHITECTURE}, inference and training step, and PyTorch's time\n"
         "neocog bench --help     all options"
     )
@@ -62,7 +63,8 @@ def show_blocks(console: Console, cases: Sequence[Case], rounds: int) -> list[Ro
     """Measures blocks and shows each as it is done."""
     columns = ("ms", "GFLOP/s", "peak", "share", "call ms", "PyTorch ms", "ratio")
     table = _table("blocks", "block", columns)
-    rows = _show(console, table, _block_cells, (measure(case, rounds) for case in cases))
+    measured = (benchmark.measure(case, rounds) for case in cases)
+    rows = _show(console, table, _block_cells, measured)
     console.print(_notes(BLOCK_NOTES, rows))
     return rows
 
@@ -70,7 +72,8 @@ def show_blocks(console: Console, cases: Sequence[Case], rounds: int) -> list[Ro
 def show_network(console: Console, cases: Sequence[NetworkCase], rounds: int) -> list[NetworkRow]:
     """Measures the network and shows each case as it is done."""
     table = _table(ARCHITECTURE, "task", ("neocog ms", "PyTorch ms", "ratio"))
-    rows = _show(console, table, _network_cells, (measure_network(c, rounds) for c in cases))
+    measured = (network_benchmark.measure_network(case, rounds) for case in cases)
+    rows = _show(console, table, _network_cells, measured)
     console.print(_notes(NETWORK_NOTES, rows))
     return rows
 
