@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from .cpu import copy, direct, weight_gradient
+from .cpu.tiling import blocks_for
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
@@ -82,7 +83,7 @@ def direct_plan(
         channels=1 if depthwise else conv.in_channels // groups,
         out_channels=conv.out_channels // groups,
         pixel_step=stride * conv.in_channels,
-        blocks=direct.blocks_for(target, conv.out_channels // groups),
+        blocks=blocks_for(target, conv.out_channels // groups),
         epilogue=epilogue,
         depthwise=depthwise,
         winners=winners,
@@ -177,7 +178,7 @@ def weight_gradient_steps(
     channels, out_channels = conv.in_channels // conv.groups, conv.out_channels // conv.groups
     plan = weight_gradient.WeightGradientPlan(
         target, channels, out_channels, cols.stride * x.pixel,
-        direct.blocks_for(target, out_channels), "bias" in needs,
+        blocks_for(target, out_channels), "bias" in needs,
     )  # fmt: skip
     blocks = conv.groups * plan.blocks_per_group
     tiles = weight_gradient.items(plan, len(pairs), conv.groups, 1)

@@ -28,43 +28,24 @@ from types import SimpleNamespace
 from llvmlite import ir
 
 from ..steps import Bias, Step
-from ..target import Target
 from . import epilogue as ep
 from . import pool as pooling
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
+from .tiling import TiledPlan
 
 UNROLL = 8
 """Input channels per trip of the inner loop."""
 
 
 @dataclass(frozen=True)
-class DirectPlan:
+class DirectPlan(TiledPlan):
     """Everything a direct kernel is specialised on."""
 
-    target: Target
-    channels: int
-    """Input channels per group (1 when depthwise)."""
-    out_channels: int
-    """Output channels per group (all of them when depthwise)."""
-    pixel_step: int
-    """Input elements between the windows of neighbouring output pixels."""
-    blocks: int
-    """NB, vectors of output channels per block."""
     epilogue: tuple[Step, ...] = ()
     depthwise: bool = False
     winners: bool = False
     """Whether a fused max pool also stores which tap won, for the backward pass."""
-
-    @property
-    def width(self) -> int:
-        """Output channels per block."""
-        return self.blocks * self.target.lanes
-
-    @property
-    def blocks_per_group(self) -> int:
-        """How many blocks cover the output channels of one group."""
-        return -(-self.out_channels // self.width)
 
     @property
     def pixels(self) -> tuple[int, ...]:
@@ -87,13 +68,6 @@ def _power_below(n: int) -> int:
     return 1 << ((n - 1).bit_length() - 1)
 
 
-def blocks_for(target: Target, out_channels: int) -> int:
-    """NB: as large as the target allows, then evened out over the blocks."""
-    vectors = -(-out_channels // target.lanes)
-    count = -(-vectors // target.max_blocks)
-    return -(-vectors // count)
-
-
 def fields(plan: DirectPlan) -> tuple[str, ...]:
     """What a step of this plan passes. Offsets and strides count in elements."""
     names = [
@@ -113,7 +87,7 @@ def fields(plan: DirectPlan) -> tuple[str, ...]:
 
 def emit(plan: DirectPlan) -> Kernel:
     """Compile the kernel of a plan."""
-    e = Emitter(plan.target, "direct")
+    e = Emitter(plan.target, plan.name)
     tiles = {n: _tile_function(e, plan, n) for n in plan.pixels}
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
@@ -123,8 +97,7 @@ def emit(plan: DirectPlan) -> Kernel:
         else:
             scratch = e.at(f.scratch, e.mul(thread, f.scratch_stride))
             _pooled_items(e, plan, tiles, f, begin, end, pool, scratch)
-    kernel = compile_kernel(e, names)
-    return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
+    return compile_kernel(e, names)
 
 
 def _place(e: Emitter, plan: DirectPlan, f: SimpleNamespace, item, rows) -> SimpleNamespace:

@@ -296,7 +296,7 @@ def channel_blocks(e: Emitter, channels: int, visit: Callable) -> None:
 
 def emit(plan: PoolPlan) -> Kernel:
     """Compile a pooling layer. Items: images x pooled rows."""
-    e = Emitter(plan.target, "pool")
+    e = Emitter(plan.target, plan.name)
     names = POOL + (("winners*", "winners_row", "winners_pixel") if plan.winners else ())
     with e.kernel(names) as (f, begin, end, _):
 
@@ -322,5 +322,4 @@ def emit(plan: PoolPlan) -> Kernel:
             channel_blocks(e, plan.channels, channels)
 
         e.loop(begin, end, item)
-    kernel = compile_kernel(e, names)
-    return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
+    return compile_kernel(e, names)

@@ -98,7 +98,7 @@ def items(plan: PoolBackwardPlan, batch: int, rows: int) -> int:
 
 def emit(plan: PoolBackwardPlan) -> Kernel:
     """Compile the kernel of a plan."""
-    e = Emitter(plan.target, "pool_backward")
+    e = Emitter(plan.target, plan.name)
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, _):
 
@@ -112,8 +112,7 @@ def emit(plan: PoolBackwardPlan) -> Kernel:
                 e.loop(0, f.rows, lambda row: _window_row(e, plan, f, number, row))
 
         e.loop(begin, end, item)
-    kernel = compile_kernel(e, names)
-    return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
+    return compile_kernel(e, names)
 
 
 def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value | None) -> None:

@@ -21,9 +21,9 @@ from types import SimpleNamespace
 
 from llvmlite import ir
 
-from ..target import Target
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
+from .tiling import TiledPlan
 
 MAX_TAPS = 9
 """Taps per tile: each keeps a pointer in one of the 16 integer registers."""
@@ -33,30 +33,11 @@ BAND_PIXELS = 192
 
 
 @dataclass(frozen=True)
-class WeightGradientPlan:
+class WeightGradientPlan(TiledPlan):
     """Everything the kernel is specialised on."""
 
-    target: Target
-    channels: int
-    """Input channels per group."""
-    out_channels: int
-    """Output channels per group."""
-    pixel_step: int
-    """Input elements between the windows of neighbouring output pixels."""
-    blocks: int
-    """NB, vectors of output channels per block."""
     bias: bool
     """Whether the gradient of the bias is summed too."""
-
-    @property
-    def width(self) -> int:
-        """Output channels per block."""
-        return self.blocks * self.target.lanes
-
-    @property
-    def blocks_per_group(self) -> int:
-        """How many blocks cover the output channels of one group."""
-        return -(-self.out_channels // self.width)
 
     @property
     def taps(self) -> int:
@@ -86,14 +67,13 @@ def items(plan: WeightGradientPlan, n_taps: int, groups: int, chunks: int) -> in
 
 def emit(plan: WeightGradientPlan) -> Kernel:
     """Compile the kernel of a plan."""
-    e = Emitter(plan.target, "weight_gradient")
+    e = Emitter(plan.target, plan.name)
     names = fields(plan)
     bands = {q: _tap_band_function(e, plan, q) for q in sorted({plan.taps, 1})}
     bias = _bias_function(e, plan) if plan.bias else None
     with e.kernel(names) as (f, begin, end, _):
         e.loop(begin, end, lambda item: _item(e, plan, bands, bias, f, item))
-    kernel = compile_kernel(e, names)
-    return Kernel(plan.name, names, kernel.address, kernel.engine, kernel.llvm_ir)
+    return compile_kernel(e, names)
 
 
 def _item(e: Emitter, plan, bands, bias, f: SimpleNamespace, item: ir.Value) -> None:
