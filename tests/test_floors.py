@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import inspect
+import re
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,13 @@ def upward(importer, imported):
     if FLOOR[top(importer)] == FLOOR[top(imported)]:
         return (top(importer), top(imported)) not in ALLOWED
     return FLOOR[top(importer)] < FLOOR[top(imported)]
+
+
+def test_the_documentation_shows_the_same_floors():
+    text = (PACKAGE.parents[1] / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| (\d+) \| ([^|]+) \|", text, re.MULTILINE)
+    shown = {name: int(floor) for floor, names in rows for name in re.findall(r"`(\w+)`", names)}
+    assert shown == FLOOR
 
 
 def test_every_module_has_a_floor_and_every_entry_a_module():

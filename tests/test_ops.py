@@ -129,7 +129,18 @@ WAYS = {
     "channels_last": lambda t: torch.empty(t.shape, memory_format=LAST).copy_(t),
     "permuted": lambda t: t.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0),
     "sliced": sliced,
+    "sliced channels_last": lambda t: WAYS["channels_last"](t.repeat_interleave(2, 2))[:, :, ::2],
 }
+
+
+PAIRS = (
+    ("contiguous", "contiguous"),
+    ("contiguous", "channels_last"),
+    ("channels_last", "contiguous"),
+    ("channels_last", "channels_last"),
+    ("permuted", "sliced"),
+    ("sliced channels_last", "permuted"),
+)
 
 
 def symbolic(mode: FakeTensorMode, t: Tensor) -> Tensor:
@@ -157,13 +168,13 @@ def check_fake(operator: Any, tensors: list[Tensor | None], rest: tuple[Any, ...
 
 
 @pytest.mark.parametrize("shapes", SHAPES, ids=str)
-@pytest.mark.parametrize("epilogue", ["", "relu", f"relu | {MAX}", f"relu | {MEAN}"])
+@pytest.mark.parametrize("epilogue", ["", f"relu | {MAX}", f"relu | {MEAN}"])
 def test_fake_blocks_have_the_real_strides(shapes: Any, epilogue: str) -> None:
     x, w = numbers(*shapes[0]), numbers(*shapes[1])
     if "max" in epilogue and min(shapes[0][2:]) < 2:
         epilogue = f"relu | {pooling('max', 1)}"
-    for x_way, w_way in itertools.product(WAYS.values(), repeat=2):
-        tensors = [x_way(x), w_way(w)]
+    for x_way, w_way in PAIRS:
+        tensors = [WAYS[x_way](x), WAYS[w_way](w)]
         for save in (False, True):
             rest = (None, None, *PADDED, epilogue, save)
             check_fake(torch.ops.neocog.conv_block, tensors, rest)
