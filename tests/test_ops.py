@@ -322,7 +322,11 @@ def test_compiled_with_aot_eager(dynamic: bool) -> None:
 def test_convolutions_have_torchs_strides(shapes: Any, x_way: str, w_way: str) -> None:
     x, w = WAYS[x_way](numbers(*shapes[0])), WAYS[w_way](numbers(*shapes[1]))
     ours, theirs = functional.conv2d(x, w, padding=1), F.conv2d(x, w, padding=1)
-    assert (ours.shape, ours.stride()) == (theirs.shape, theirs.stride())
+    # Of one pixel with one channel torch reads the layout off the strides of sizes of 1, where its
+    # own convolutions do not agree among themselves: then both layouts of one pixel will do.
+    free = x_way == "sliced channels_last" and shapes[0][1:] == (1, 1, 1)
+    assert ours.shape == theirs.shape
+    assert ours.stride() == theirs.stride() or (free and ours.is_contiguous())
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 

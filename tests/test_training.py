@@ -1,4 +1,4 @@
-"""Training: what is learned, that it can be repeated and gone on with to the bit, what is refused."""
+"""Training: what is learned, that it can be repeated and resumed to the bit, what is refused."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def trained(epochs: int | None = None, found: DataSet | None = None, **settings: object) -> Trainer:
-    """A tiny trainer after so many epochs, or after all of them."""
+def trained(stop: int | None = None, found: DataSet | None = None, **settings: object) -> Trainer:
+    """A tiny trainer after ``stop`` epochs, or after all of them."""
     trainer = tiny.trainer(found, **settings)
-    while not trainer.finished and epochs != len(trainer.history):
+    while not trainer.finished and stop != len(trainer.history):
         trainer.run_epoch()
     return trainer
 
@@ -82,7 +82,7 @@ def test_the_step_is_called_after_each_batch_and_the_last_may_be_smaller():
 
 
 def test_both_networks_learn_to_tell_bars_apart():
-    trainer = trained(epochs=None, lr=0.01, **{"epochs": 40})
+    trainer = trained(epochs=40, lr=0.01)
     for name in ("cnn", "mlp"):
         assert trainer.history[-1][name]["loss"] < trainer.history[0][name]["loss"] / 2
         assert trainer.history[-1][name]["val_accuracy"] >= 0.9
@@ -109,8 +109,7 @@ def test_the_averaged_network_is_what_is_kept():
     trainer = trained(epochs=2)
     learner = trainer.learners["cnn"]
     assert not torch.equal(learner.best[0].weight, learner.model[0].weight)
-    model, best = learner.model.state_dict(), learner.best.state_dict()
-    assert model.keys() == best.keys()
+    assert learner.model.state_dict().keys() == learner.best.state_dict().keys()
 
 
 # --- chance
@@ -261,8 +260,8 @@ def test_a_device_that_is_not_here_is_refused(name):
         choose_device(name)
 
 
-def test_settings_errors_can_be_caught_as_value_errors():
-    assert issubclass(InvalidSetting, (NeocogError, ValueError))
+def test_settings_errors_are_value_errors_and_the_cpu_is_always_here():
+    assert issubclass(InvalidSetting, NeocogError) and issubclass(InvalidSetting, ValueError)
     assert choose_device("cpu") == torch.device("cpu")
 
 

@@ -9,6 +9,7 @@ warning of the logger ``neocog`` says so once.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -64,17 +65,17 @@ def conv_block(
     see :func:`neocog.problem.pooling`. ``residual`` has the convolution's output shape.
     InvalidProblem as :func:`conv2d`.
     """
+    if input.dim() not in (3, 4) or weight.dim() != 4:
+        raise InvalidProblem(
+            "input must have 3 or 4 dimensions and weight 4, got shapes "
+            f"{tuple(input.shape)} and {tuple(weight.shape)}"
+        )
     kernel = tuple(weight.shape[2:])
     window = _window(_plain(stride), _plain(padding), _plain(dilation), groups, kernel)
     steps, text = _epilogue(
         bias is not None, residual is not None, activation, negative_slope, pool
     )
     reason = handback.reason(input, weight, bias, residual, steps=steps)
-    if reason is None and (input.dim() not in (3, 4) or weight.dim() != 4):
-        raise InvalidProblem(
-            "input must have 3 or 4 dimensions and weight 4, got shapes "
-            f"{tuple(input.shape)} and {tuple(weight.shape)}"
-        )
     if reason is None and 0 in (*input.shape[-3:], *weight.shape):
         reason = "a size of 0"
     if reason is not None:
@@ -149,8 +150,12 @@ def _wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """Sequences as tuples, so that they can be keys."""
-    return value if isinstance(value, (int, str)) or value is None else tuple(value)
+    """Sequences as tuples, so that they can be keys; NumPy's integers as Python's."""
+    if value is None or isinstance(value, (int, str)):
+        return value
+    if isinstance(value, Sequence):
+        return tuple(_plain(v) for v in value)
+    return operator.index(value) if hasattr(value, "__index__") else value
 
 
 # Typed: True and 1.0 are no whole numbers, although they equal 1.
@@ -203,8 +208,10 @@ def _epilogue(
 
 
 def _pooling(kind: str, kernel_size: Size, stride: Size | None, *rest: Any) -> Pooling:
-    stride = None if stride is None or stride == [] or stride == () else stride
-    return _cached_pooling(kind, _plain(kernel_size), _plain(stride), *map(_plain, rest))
+    # An empty stride means the kernel size, as None does.
+    steps = _plain(stride)
+    steps = None if steps == () else steps
+    return _cached_pooling(kind, _plain(kernel_size), steps, *map(_plain, rest))
 
 
 _cached_pooling = functools.lru_cache(256, typed=True)(pooling)
