@@ -25,6 +25,10 @@ from neocog.problem import Act, Add, Affine, Bias, Block, Pool, Pooling
 from neocog.program import Program
 from neocog.target import TARGETS, Target, host, host_features
 
+# Two test processes with two threads each would wait for each other: tests that are about threads
+# ask for them.
+torch.set_num_threads(1)
+
 Array = NDArray[np.float64]
 Arrays = dict[str, Array]
 

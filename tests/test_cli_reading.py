@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ DIGITS = Header(
     preprocessing=Preprocessing((0.13,), (0.31,), "dark", digit_like=True),
     classes=tuple("0123456789"),
 )
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    """`--threads` sets the threads of the process that runs the tests: put them back."""
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(*arguments: object) -> Result:

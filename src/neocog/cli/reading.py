@@ -48,7 +48,7 @@ def evaluate(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[DATA]",
+            metavar="DATA",
             help="Data to test on, as train takes it: its test part.",
             show_default="the run's own, else neocog's digits",
         ),

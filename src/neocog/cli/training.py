@@ -23,7 +23,7 @@ def train(
     path: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[PATH]",
+            metavar="PATH",
             help="IDX files as MNIST's, or a folder of class folders.",
             show_default="5,000 handwritten digits that neocog brings along",
         ),
@@ -78,8 +78,8 @@ def train(
 ) -> None:
     """Train a network on pictures, and a multilayer perceptron beside it to compare with.
 
-    At the end both are judged on the test pictures, as they are and shifted. Ctrl-C stops; what is
-    finished can be gone on with by --resume.
+    Both are then judged by the test pictures, as they are and shifted. Ctrl-C stops; --resume
+    goes on with what is finished.
     """
     from .training_view import TrainingView
 
