@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,10 +16,10 @@ from torch import Tensor
 from . import compiler
 from .cpu import epilogue as ep
 from .cpu import pool as pool_kernels
-from .errors import InvalidProblem
+from .errors import InvalidProblem, Unsupported
 from .geometry import Window
 from .maps import NCHW, NHWC
-from .problem import Block, Conv, Pool, Pooling, Step
+from .problem import Act, Add, Affine, Bias, Block, Conv, Pool, Pooling, Step
 from .steps import read_step
 
 FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
@@ -35,6 +36,14 @@ def parse_pooling(text: str) -> Pooling:
     (step,) = parse_steps(text)
     if not isinstance(step, Pooling):
         raise InvalidProblem(f"a pool was expected, got {text!r}")
+    return step
+
+
+def parse_activation(text: str) -> Act:
+    """The activation that ``text`` spells, such as ``leaky_relu(0.1)``."""
+    step = read_step(text)
+    if not isinstance(step, Act):
+        raise InvalidProblem(f"an activation was expected, got {text!r}")
     return step
 
 
@@ -80,11 +89,20 @@ def pool_of(x_shape: tuple[int, ...], pooling: str) -> Pool:
 
 
 def prefers_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch would say that ``t`` suggests channels_last, by its strides."""
-    if t.dim() != 4 or t.stride(1) != 1 or not t.is_contiguous(memory_format=torch.channels_last):
+    """Whether PyTorch takes ``t`` for channels_last: from its strides alone, as c10 does.
+
+    From the innermost to the outermost axis of NHWC strides must not fall; ties, as of sizes of 1,
+    go to the contiguous layout.
+    """
+    if t.dim() != 4 or t.stride(1) == 0:
         return False
-    # [N, C, 1, 1] and [N, 1, H, W] are both: then the strides that sizes of 1 leave free decide.
-    return t.stride(3) == t.shape[1] or not t.is_contiguous()
+    least: Any = 0
+    for axis in (1, 3, 2, 0):
+        size, stride = t.shape[axis], t.stride(axis)
+        if size == 0 or stride < least or (axis == 0 and least == t.stride(1)):
+            return False
+        least = stride * size if size > 1 else stride
+    return True
 
 
 def output_layout(*tensors: Tensor) -> str:
@@ -104,6 +122,17 @@ def _nhwc(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def _check_parameters(block: Block, bias: Tensor | None, residual: Tensor | None) -> None:
+    for step in block.epilogue:
+        if isinstance(step, Affine):
+            raise Unsupported(f"{step}: the operator takes no scale and shift")
+    for name, given, kind in (("bias", bias, Bias), ("residual", residual, Add)):
+        expected = any(isinstance(step, kind) for step in block.epilogue)
+        if expected != (given is not None):
+            raise InvalidProblem(
+                f"{name}: {'given' if given is not None else 'missing'}, but the epilogue "
+                f"{spell_steps(block.epilogue)!r} {'has' if expected else 'has no'} "
+                f"{kind.__name__} step"
+            )
     if bias is not None and tuple(bias.shape) != (block.conv.out_channels,):
         raise InvalidProblem(
             f"bias must have shape ({block.conv.out_channels},), one value per output channel, "

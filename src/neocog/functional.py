@@ -61,8 +61,9 @@ def conv_block(
     """Convolution, bias, residual addition, activation and pool as one kernel.
 
     ``pool(activation(conv2d(input, weight, bias, ...) + residual))``. ``activation``: "identity",
-    "relu" or "leaky_relu" (with ``negative_slope``). ``pool``: a :class:`neocog.problem.Pooling`,
-    see :func:`neocog.problem.pooling`. ``residual`` has the convolution's output shape.
+    "relu", "leaky_relu" (with ``negative_slope``), or that spelled out: "leaky_relu(0.1)".
+    ``pool``: a :class:`neocog.problem.Pooling`, see :func:`neocog.problem.pooling`. ``residual``
+    has the convolution's output shape.
     InvalidProblem as :func:`conv2d`.
     """
     if input.dim() not in (3, 4) or weight.dim() != 4:
@@ -70,7 +71,8 @@ def conv_block(
             "input must have 3 or 4 dimensions and weight 4, got shapes "
             f"{tuple(input.shape)} and {tuple(weight.shape)}"
         )
-    kernel = tuple(weight.shape[2:])
+    # Only 'same' depends on the kernel, whose sizes may be symbolic.
+    kernel = tuple(int(k) for k in weight.shape[2:]) if padding == "same" else ()
     window = _window(_plain(stride), _plain(padding), _plain(dilation), groups, kernel)
     steps, text = _epilogue(
         bias is not None, residual is not None, activation, negative_slope, pool
@@ -196,7 +198,10 @@ def _epilogue(
     bias: bool, residual: bool, activation: str, slope: float, pool: Pooling | None
 ) -> tuple[tuple[Step, ...], str]:
     """The steps after the convolution, and their spelling."""
-    act = Act(activation, slope if activation == "leaky_relu" else 0.0)
+    if "(" in activation:
+        act = execution.parse_activation(activation)
+    else:
+        act = Act(activation, slope if activation == "leaky_relu" else 0.0)
     candidates = (
         (bias, Bias()),
         (residual, Add()),
@@ -215,4 +220,8 @@ def _pooling(kind: str, kernel_size: Size, stride: Size | None, *rest: Any) -> P
 
 
 _cached_pooling = functools.lru_cache(256, typed=True)(pooling)
-_spelling = functools.lru_cache(256)(str)
+
+
+@functools.lru_cache(256)
+def _spelling(step: Pooling) -> str:
+    return str(step)

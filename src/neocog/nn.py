@@ -94,7 +94,9 @@ class ConvBlock(nn.Conv2d):
             bias,
             **options,
         )
-        Act(activation, negative_slope if activation == "leaky_relu" else 0.0)  # checks the name
+        act = Act(activation, negative_slope if activation == "leaky_relu" else 0.0)
+        # As text, for torch.compile would make a float attribute symbolic.
+        self._act = str(act)
         self.activation, self.negative_slope, self.pool = activation, negative_slope, pool
         self.pooling = pooling_of(pool)
 
@@ -109,8 +111,7 @@ class ConvBlock(nn.Conv2d):
             padding,
             self.dilation,
             self.groups,
-            activation=self.activation,
-            negative_slope=self.negative_slope,
+            activation=self._act,
             pool=self.pooling,
             residual=residual,
         )

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import execution, handback
 from .cpu import epilogue as ep
+from .errors import InvalidProblem
 from .geometry import Window
 from .maps import NHWC
 from .problem import Pooling
@@ -166,8 +167,14 @@ def _(grad, winners, shape, pooling, channels_last):
 # ---------------------------------------------------------------------------------- autograd
 
 
+_UNSAVED = (
+    "save=False: the forward pass kept nothing for a gradient; expected save=True (a graph traced "
+    "without gradients has to be traced again)"
+)
+
+
 def _save_block(ctx, inputs, output) -> None:
-    x, weight, bias, residual, *window, _ = inputs
+    x, weight, bias, residual, *window, ctx.saved = inputs
     out, winners, before = output
     ctx.mark_non_differentiable(winners, before)
     ctx.window = window
@@ -187,6 +194,8 @@ def _block_gradients(ctx, grad, *_):
     nothing = (None,) * 6
     if grad is None:
         return None, None, None, None, *nothing
+    if not ctx.saved:
+        raise InvalidProblem(_UNSAVED)
     needs = list(ctx.needs_input_grad[:4])
     if torch.is_grad_enabled():
         inputs = (x, weight, bias, residual)
@@ -200,6 +209,8 @@ def _differentiable(grad, inputs, needs, window) -> list[Tensor | None]:
     handback.say("conv_block", "double backward")
     stride, padding, dilation, groups, epilogue = window
     sides, steps = tuple(padding), execution.parse_steps(epilogue)
+    # Views of their own: a tensor that comes in at two places gets two gradients.
+    inputs = [None if t is None else t.view_as(t) for t in inputs]
     x, weight, bias, residual = inputs
     y = handback.conv_block(
         x, weight, bias, residual, tuple(stride), sides, tuple(dilation), groups, steps
@@ -210,7 +221,7 @@ def _differentiable(grad, inputs, needs, window) -> list[Tensor | None]:
 
 
 def _save_pool(ctx, inputs, output) -> None:
-    x, ctx.pooling, _ = inputs
+    x, ctx.pooling, ctx.saved = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.shape, ctx.channels_last = x.shape, execution.output_layout(x) == NHWC
     ctx.save_for_backward(x, output[1])
@@ -219,6 +230,8 @@ def _save_pool(ctx, inputs, output) -> None:
 def _pool_gradients(ctx, grad, _):
     if grad is None:
         return None, None, None
+    if not ctx.saved:
+        raise InvalidProblem(_UNSAVED)
     x, winners = ctx.saved_tensors
     if torch.is_grad_enabled():
         handback.say("pool", "double backward")

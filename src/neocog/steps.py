@@ -54,7 +54,7 @@ class Act:
             raise InvalidProblem(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.name!r}"
             )
-        if not isinstance(self.slope, (int, float)) or not math.isfinite(self.slope):
+        if not isinstance(self.slope, (int, float)) or not -math.inf < self.slope < math.inf:
             raise InvalidProblem(f"slope must be a finite number, got {self.slope!r}")
         if self.slope and not row.takes_slope:
             raise InvalidProblem(f"{self.name} has no slope, got slope={self.slope!r}")
