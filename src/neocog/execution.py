@@ -19,7 +19,18 @@ from .cpu import pool as pool_kernels
 from .errors import InvalidProblem, Unsupported
 from .geometry import Window
 from .maps import NCHW, NHWC
-from .problem import Act, Add, Affine, Bias, Block, Conv, Pool, Pooling, Step
+from .problem import (
+    Act,
+    Add,
+    Affine,
+    Bias,
+    Block,
+    Conv,
+    Pool,
+    Pooling,
+    Step,
+    check_shapes,
+)
 from .steps import read_step
 
 FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
@@ -64,16 +75,8 @@ def block_of(
 ) -> Block:
     """The checked problem of a call; InvalidProblem if its shapes fit no convolution."""
     top, bottom, left, right = padding
-    if len(x_shape) != 4 or len(w_shape) != 4:
-        raise InvalidProblem(
-            f"input and weight must have 4 dimensions, got shapes {x_shape} and {w_shape}"
-        )
+    check_shapes(x_shape, w_shape, groups)
     batch, channels, height, width = x_shape
-    if groups >= 1 and channels != w_shape[1] * groups:
-        raise InvalidProblem(
-            f"input of shape {x_shape} has {channels} channels, but weight of shape {w_shape} "
-            f"with groups={groups} expects {w_shape[1]}*{groups} = {w_shape[1] * groups}"
-        )
     rows = Window(w_shape[2], stride[0], dilation[0], top, bottom)
     cols = Window(w_shape[3], stride[1], dilation[1], left, right)
     conv = Conv(batch, channels, height, width, w_shape[0], rows, cols, groups)

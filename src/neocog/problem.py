@@ -60,6 +60,7 @@ __all__ = [
     "Problem",
     "Shape",
     "Step",
+    "check_shapes",
     "conv2d_problem",
     "parse",
     "pooling",
@@ -310,18 +311,9 @@ def conv2d_problem(
 
     InvalidProblem names the argument that is wrong, its value and what was expected.
     """
-    for name, shape in (("input", x_shape), ("weight", w_shape)):
-        if len(shape) != 4:
-            raise InvalidProblem(f"{name} must have 4 dimensions, got shape {tuple(shape)}")
+    check_shapes(x_shape, w_shape, groups)
     batch, in_channels, height, width = x_shape
-    out_channels, channels, *sizes = w_shape
-    check_whole("groups", groups, 1)
-    if in_channels != channels * groups:
-        raise InvalidProblem(
-            f"input of shape {tuple(x_shape)} has {in_channels} channels, but weight of shape "
-            f"{tuple(w_shape)} with groups={groups} expects {channels}*{groups} = "
-            f"{channels * groups}"
-        )
+    out_channels, _, *sizes = w_shape
     strides, dilations = pair("stride", stride), pair("dilation", dilation)
     windows = [Window(k, s, d) for k, s, d in zip(sizes, strides, dilations, strict=True)]
     rows, cols = (
@@ -329,6 +321,21 @@ def conv2d_problem(
         for window, (low, high) in zip(windows, _paddings(padding, windows), strict=True)
     )
     return Conv(batch, in_channels, height, width, out_channels, rows, cols, groups)
+
+
+def check_shapes(x_shape: Sequence[int], w_shape: Sequence[int], groups: int) -> None:
+    """InvalidProblem unless input and weight of these shapes go together in PyTorch's conv2d."""
+    for name, shape in (("input", x_shape), ("weight", w_shape)):
+        if len(shape) != 4:
+            raise InvalidProblem(f"{name} must have 4 dimensions, got shape {tuple(shape)}")
+    check_whole("groups", groups, 1)
+    in_channels, channels = x_shape[1], w_shape[1]
+    if in_channels != channels * groups:
+        raise InvalidProblem(
+            f"input of shape {tuple(x_shape)} has {in_channels} channels, but weight of shape "
+            f"{tuple(w_shape)} with groups={groups} expects {channels}*{groups} = "
+            f"{channels * groups}"
+        )
 
 
 def parse(line: str) -> Problem:
