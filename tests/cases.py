@@ -6,7 +6,8 @@ milliseconds even in the reference's loops.
 
 ``CONVS`` are what PyTorch's conv2d can be asked for, paddings that differ at the two ends included;
 ``SPREAD`` have a base dilation or cut positions off (negative padding), as gradients do; ``POOLS``
-and ``BLOCKS`` speak for themselves.
+and ``BLOCKS`` speak for themselves. Whole numbers stay exact through all of them; ``SMOOTH`` are
+the blocks whose activations round.
 """
 
 from __future__ import annotations
@@ -260,7 +261,7 @@ POOLS: tuple[Case, ...] = (
     ),
 )
 
-_ACTIVATIONS = ("identity", "relu", "leaky_relu(0.125)")
+_ACTIVATIONS = ("identity", "relu", "leaky_relu(0.125)", "relu6")
 _BLOCK_POOLS = (
     "",
     " | max 2x2",
@@ -323,5 +324,25 @@ BLOCKS: tuple[Case, ...] = (
         "conv n0 c3x6x6 k4 3x3 p1 | bias | relu | max 2x2",
         "conv n9 c1x6x6 k4 3x3 p1 | bias | relu | max 2x2",
         "conv n1 c64x5x5 k64 3x3 p1 | bias | relu | max 2x2",
+    ),
+)
+
+SMOOTH: tuple[Case, ...] = (
+    *_cases(
+        "activations that are not exact, with and without a pool, which comes after them",
+        *(
+            f"conv n2 c3x6x6 k19 3x3 p1 | bias | {activation}{pool}"
+            for activation in (
+                *("hardsigmoid", "hardswish", "sigmoid", "tanh", "silu", "gelu", "gelu_tanh"),
+            )
+            for pool in ("", " | max 2x2", " | mean 3x3 s2 p1")
+        ),
+    ),
+    *_cases(
+        "between other steps, and on kernels of other kinds",
+        "conv n1 c8x6x6 k16 3x3 p1 | affine | silu | add",
+        "conv n1 c8x6x6 k16 1x1 | bias | add | sigmoid",
+        "conv n1 c19x7x7 k19 3x3 s2 p1 g19 | bias | hardswish",
+        "conv n1 c3x7x7 k37 3x3 s2 p1 | bias | tanh | max 3x3 s2 p1",
     ),
 )

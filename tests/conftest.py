@@ -1,12 +1,20 @@
 """What tests share: how hypothesis generates its examples, threads, a data set, a folder."""
 
+import atexit
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 # Tests run in several processes on few cores: OpenMP threads that spin while they wait for one
 # another would keep the awaited ones from running. Read when torch is first imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Machine code compiled by one test serves the next, in all processes of this run and in no other.
+if "NEOCOG_CACHE_DIR" not in os.environ:
+    os.environ["NEOCOG_CACHE_DIR"] = tempfile.mkdtemp(prefix="neocog-tests-")
+    atexit.register(shutil.rmtree, os.environ["NEOCOG_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 import tiny

@@ -18,16 +18,19 @@ FLOORS = {
     0: "geometry errors",
     1: "dtypes activations reductions",
     2: "steps problem",
-    3: "reference",
+    3: "reference network",
     4: "target",
     5: "cpu",
-    6: "program kernels maps pools convolutions compiler",
-    7: "execution handback ops",
-    8: "functional nn",
+    6: (
+        "program kernels maps pools convolutions compiler "
+        "winograd_steps choices layer_calls capture fusion stages partition parameters"
+    ),
+    7: "execution handback ops running",
+    8: "functional nn freezing reports backend",
     9: (
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
-        "sight layers tracing benchmark network_benchmark diagnosis"
+        "sight layers tracing benchmark network_benchmark diagnosis architectures contenders race"
     ),
     10: "cli __main__",
 }
@@ -40,13 +43,22 @@ BESIDE = {
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
     "compiler": "convolutions kernels maps pools program",
+    "capture": "layer_calls",
+    "winograd_steps": "convolutions kernels maps program",
+    "choices": "convolutions program winograd_steps",
+    "stages": "choices kernels maps pools program",
+    "partition": "choices stages",
+    "parameters": "choices convolutions kernels program stages",
     "ops": "execution handback",
+    "running": "execution",
+    "backend": "freezing reports",
     "nn": "functional",
     "images": "strokes",
     "idx": "images",
     "folders": "images",
     "data": "strokes images idx folders",
     "factories": "files",
+    "models": "architectures",
     "checkpoint": "factories files models",
     "evaluation": "checkpoint data",
     "training": "augmentation checkpoint data evaluation models",
@@ -55,6 +67,8 @@ BESIDE = {
     "layers": "sight",
     "tracing": "layers sight",
     "network_benchmark": "models benchmark",
+    "contenders": "architectures",
+    "race": "contenders",
     "diagnosis": "benchmark",
     "__main__": "cli",
 }

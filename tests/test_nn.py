@@ -115,8 +115,8 @@ def test_a_block_refuses_other_modules_as_its_pool(wrong: Any) -> None:
 
 
 def test_a_block_refuses_unknown_activations() -> None:
-    with pytest.raises(InvalidProblem, match="got 'gelu'"):
-        ours.ConvBlock(1, 2, 3, activation="gelu")
+    with pytest.raises(InvalidProblem, match="got 'swish'"):
+        ours.ConvBlock(1, 2, 3, activation="swish")
 
 
 # ------------------------------------------------------------------------------------ results

@@ -297,7 +297,7 @@ def test_refusals_are_caught_as_torchs_are() -> None:
         ("conv n1 k4 3x3", "no c<channels"),
         ("conv n1 c3x8x8 3x3", "no k<outputs>"),
         ("conv n1 c3x8x8 k4 9x3", "floor((8 - 1*(9-1) - 1 + 0 + 0)/1) + 1 = 0"),
-        ("conv n1 c3x8x8 k4 3x3 | sigmoid", "'sigmoid'"),
+        ("conv n1 c3x8x8 k4 3x3 | softsign", "'softsign'"),
         ("conv n1 c3x8x8 k4 3x3 | bias relu", "'bias relu'"),
         ("conv n1 c3x8x8 k4 3x3 | leaky_relu(x)", "'x'"),
         ("conv n1 c3x8x8 k4 3x3 | leaky_relu(nan)", "nan"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,25 @@ def torch_mean(problem: Pool, x: torch.Tensor) -> torch.Tensor:
     )
 
 
+def torch_activation(act: Act, x: torch.Tensor) -> torch.Tensor:
+    """An activation in PyTorch's own operators."""
+    functions: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "identity": lambda v: v * 1,
+        "relu": F.relu,
+        "leaky_relu": lambda v: F.leaky_relu(v, act.slope),
+        "relu6": F.relu6,
+        # F.hardsigmoid's gradient is the 1 / 6 of float32, also for float64.
+        "hardsigmoid": lambda v: F.relu6(v + 3) / 6,
+        "hardswish": F.hardswish,
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "silu": F.silu,
+        "gelu": F.gelu,
+        "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    }
+    return functions[act.name](x)
+
+
 def torch_block(problem: Block, given: dict[str, torch.Tensor]) -> torch.Tensor:
     value = torch_conv(problem.conv, given["x"], given["w"])
     for step in problem.epilogue:
@@ -105,11 +125,7 @@ def torch_block(problem: Block, given: dict[str, torch.Tensor]) -> torch.Tensor:
         elif isinstance(step, Add):
             value = value + given["residual"]
         elif isinstance(step, Act):
-            value = {
-                "identity": lambda v, slope: v,
-                "relu": lambda v, slope: F.relu(v),
-                "leaky_relu": F.leaky_relu,
-            }[step.name](value, step.slope)
+            value = torch_activation(step, value)
         else:
             assert problem.pool is not None
             kind = problem.pool.kind

@@ -2,6 +2,8 @@
 
 ``neocog.nn`` and ``neocog.functional`` stand in for their torch namesakes; ``neocog.problem``,
 ``neocog.geometry`` and ``neocog.reference`` are the mathematics underneath.
+``neocog.freeze(model, example)`` and ``torch.compile(model, backend="neocog")`` compile whole
+models for inference; ``neocog.report`` says what became of them, ``neocog.models`` holds networks.
 """
 
 import importlib
@@ -10,11 +12,18 @@ from typing import Any
 
 __version__ = metadata.version("neocog")
 
-__all__ = ["functional", "geometry", "nn", "problem", "reference"]
+__all__ = [
+    "freeze", "functional", "geometry", "models", "nn", "problem", "reference", "report"
+]  # fmt: skip
+
+FUNCTIONS = {"freeze": "freezing", "report": "backend"}
+"""Functions offered here, and the module of each."""
 
 
 def __getattr__(name: str) -> Any:
     # Importing torch takes a second or two: only who asks for a module pays for it.
+    if name in FUNCTIONS:
+        return getattr(importlib.import_module(f"{__name__}.{FUNCTIONS[name]}"), name)
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -133,6 +133,9 @@ def check_trainable(block: Block) -> None:
     if _is_spread(block):
         raise Unsupported("the gradient of a base dilation: no kernel yet")
     kinds = [type(step) for step in block.epilogue]
+    act = ep.activation_of(block.epilogue)
+    if not ep.has_gradient(act):
+        raise Unsupported(f"the gradient of {act}: the activation's result does not tell it")
     if Affine in kinds:
         raise Unsupported("the gradient of an affine step: no kernel yet")
     if Act in kinds and Bias in kinds[kinds.index(Act) :]:

@@ -10,15 +10,31 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Any
 
-from .cpu import copy, direct, weight_gradient
-from .cpu.tiling import blocks_for
+from .cpu import copy, depthwise, direct, weight_gradient
+from .cpu.tiling import all_sizes, best_blocks, blocks_for, cover, even_sizes, most_pixels
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
 from .problem import Block, Conv, Step
 from .program import Place, Program
 from .target import Target
+
+PANEL = 1 << 17
+"""float32 elements that stay in a core's second cache while others pass through it."""
+
+CHUNK = 1 << 14
+"""float32 elements of weights, or of input, that are worth one visit."""
+
+SUMS = 1 << 14
+"""float32 elements of the sums that wait in scratch while chunks are added."""
+
+SHARING = 7
+"""Tiles that use a chunk of weights before the next is worth fetching."""
+
+ITEMS = 16
+"""Work items a step is cut into at least, if it can be: enough for the threads to share."""
 
 WEIGHT_GRADIENT_ITEMS = 16
 """Work items a weight gradient is cut into at least, if the batch allows."""
@@ -67,27 +83,132 @@ class _Taps:
         return [((kh, kw), (y, x)) for kh, y in self.rows.taps for kw, x in self.cols.taps]
 
 
+@dataclass(frozen=True)
+class _Loops:
+    """The loops over the outputs of a phase, and what a step of each is in every map."""
+
+    batch: int
+    rows: int
+    cols: int
+    steps: tuple[tuple[int, int, int], ...]
+    """(image, row, pixel) in elements: of the input, of the output, of the residual."""
+
+    @classmethod
+    def of(cls, conv: Conv, phase: _Taps, x: Map, *written: Map) -> _Loops:
+        """As the maps lie."""
+        rows, cols = phase.rows, phase.cols
+        steps = [(x.image, rows.stride * x.row, cols.stride * x.pixel)]
+        steps += [(m.image, rows.step * m.row, cols.step * m.pixel) for m in written]
+        return cls(conv.batch, rows.count, cols.count, tuple(steps))
+
+    def merged(self) -> _Loops:
+        """The same outputs in fewer, longer rows, where no map has a gap between two of them.
+
+        Tiles end with their row: rows of 7 pixels, or of 1, would waste much of them. All pixels
+        of a 1x1 convolution on dense maps are one row; of a linear layer, all images are.
+        """
+        found: list[tuple[int, tuple[int, ...]]] = []
+        counts = (self.batch, self.rows, self.cols)
+        for count, *steps in reversed(list(zip(counts, *self.steps, strict=True))):
+            inner = found[-1] if found else None
+            if count == 1:
+                continue
+            if inner and all(s == inner[0] * t for s, t in zip(steps, inner[1], strict=True)):
+                found[-1] = (count * inner[0], inner[1])
+            else:
+                found.append((count, tuple(steps)))
+        while len(found) < 3:
+            found.append((1, tuple(s[2] for s in self.steps)))
+        (cols, _), (rows, _), (batch, _) = found
+        steps = zip(*(step for _, step in reversed(found)), strict=True)
+        return _Loops(batch, rows, cols, tuple((a, b, c) for a, b, c in steps))
+
+    def fields(self) -> dict[str, Place | int]:
+        """What a direct kernel wants to know."""
+        fields: dict[str, Place | int] = {"batch": self.batch, "rows": self.rows}
+        for name, (image, row, pixel) in zip(("x", "out", "residual"), self.steps, strict=False):
+            fields |= {f"{name}_image": image, f"{name}_row": row, f"{name}_pixel": pixel}
+        del fields["x_pixel"]  # the plan's
+        return fields
+
+
 def is_depthwise(conv: Conv) -> bool:
     """One channel per group, in and out: channels can stay in the lanes."""
     return conv.groups > 1 and conv.groups == conv.in_channels == conv.out_channels
 
 
-def direct_plan(
-    target: Target, conv: Conv, stride: int, epilogue: tuple[Step, ...], winners: bool
+def plan_of(
+    target: Target, conv: Conv, epilogue: tuple[Step, ...] = (), winners: bool = False
 ) -> direct.DirectPlan:
-    """The direct kernel for one phase of a convolution; ``stride`` along a row, in pixels."""
-    depthwise = is_depthwise(conv)
-    groups = 1 if depthwise else conv.groups
+    """The plan of the direct kernel for ``conv`` that serves maps of every size."""
+    x = Map.dense(Place(0), *conv.in_shape[1:])
+    loops = [_Loops.of(conv, phase, x) for phase in _phases(conv)]
+    return _plan(target, conv, loops, epilogue, winners, any_size=True)
+
+
+def _plan(
+    target: Target,
+    conv: Conv,
+    loops: Sequence[_Loops],
+    epilogue: tuple[Step, ...],
+    winners: bool,
+    any_size: bool,
+) -> direct.DirectPlan:
+    """The plan that serves all phases of ``conv``, looped over as ``loops`` say."""
+    lanewise, pooled = is_depthwise(conv), Block(conv, epilogue).pool
+    groups = _groups(conv)
+    channels, out_channels = conv.in_channels // groups, conv.out_channels // groups
+    if lanewise:
+        channels = 1
+    blocks = 1 if lanewise else best_blocks(target, out_channels)
+    width = blocks * target.lanes
+    sizes = all_sizes(most_pixels(target, blocks, target.lanes if lanewise else channels))
+    many = True
+    if not any_size:
+        sizes = even_sizes(max(one.cols for one in loops), sizes[0])
+        if len(loops) > 1 and sizes[0] > 1:  # phases may differ by a pixel
+            sizes = (sizes[0], sizes[0] - 1)
+        tiles = max(one.batch * one.rows * -(-one.cols // sizes[0]) for one in loops)
+        many = tiles >= SHARING
+    chunk = 0
+    panel = max(len(p.pairs) for p in _phases(conv)) * channels * width
+    if panel > PANEL and pooled is None and channels % direct.UNROLL == 0:
+        chunk = _chunk(channels, width, CHUNK if many else PANEL)
     return direct.DirectPlan(
         target=target,
-        channels=1 if depthwise else conv.in_channels // groups,
-        out_channels=conv.out_channels // groups,
-        pixel_step=stride * conv.in_channels,
-        blocks=blocks_for(target, conv.out_channels // groups),
+        channels=channels,
+        out_channels=out_channels,
+        pixel_step=loops[0].steps[0][2],
+        blocks=blocks,
+        tiles=sizes,
         epilogue=epilogue,
-        depthwise=depthwise,
+        depthwise=lanewise,
         winners=winners,
+        chunk=chunk,
     )
+
+
+def _chunk(channels: int, width: int, elements: int) -> int:
+    """Input channels per chunk: chunks of about equal size, none much above ``elements``."""
+    count = -(-channels * width // elements)
+    return -(-channels // (count * direct.UNROLL)) * direct.UNROLL
+
+
+def packed_elements(target: Target, conv: Conv) -> int:
+    """float32 elements of the packed weights of ``conv``."""
+    plan = plan_of(target, conv)
+    taps = sum(len(phase.pairs) for phase in _phases(conv))
+    return _groups(conv) * plan.blocks_per_group * taps * plan.channels * plan.width
+
+
+def pack(p: Program, target: Target, conv: Conv, weights: Weights, packed: Place) -> None:
+    """The step that brings weights into the order the kernel of ``conv`` reads.
+
+    The order depends on the target and on all of ``conv`` but its batch; neither on the epilogue
+    nor on the maps: weights that do not change are packed once.
+    """
+    taps = [weights.tap(conv, *tap) for phase in _phases(conv) for tap, _ in phase.pairs]
+    _pack_weights(p, target, plan_of(target, conv), weights, taps, packed, _groups(conv))
 
 
 def convolve(
@@ -101,43 +222,144 @@ def convolve(
     winners: Map | None = None,
     extra: Mapping[str, Place | int] = MappingProxyType({}),
 ) -> None:
-    """The steps of one convolution with its epilogue, phase by phase.
+    """The steps of one convolution on weights that may change: pack them, then compute."""
+    packed = p.scratch(packed_elements(target, conv))
+    pack(p, target, conv, weights, packed)
+    convolve_packed(p, target, conv, x, packed, out, epilogue, winners, extra, any_size=True)
 
-    ``extra``: the places of the epilogue's parameters and residual.
+
+def convolve_packed(
+    p: Program,
+    target: Target,
+    conv: Conv,
+    x: Map,
+    packed: Place,
+    out: Map,
+    epilogue: tuple[Step, ...] = (),
+    winners: Map | None = None,
+    extra: Mapping[str, Place | int] = MappingProxyType({}),
+    any_size: bool = False,
+) -> None:
+    """The steps of one convolution with its epilogue, phase by phase, on packed weights.
+
+    ``extra``: the places of the epilogue's parameters and residual. ``any_size``: with kernels that
+    serve maps of every size, instead of faster ones that are compiled for widths like this one.
     """
-    pooled = Block(conv, epilogue).pool
-    phases = [
-        _Taps(r, c) for r in conv.rows.phases(conv.height) for c in conv.cols.phases(conv.width)
-    ]
-    groups = 1 if is_depthwise(conv) else conv.groups
-    plan = direct_plan(target, conv, phases[0].cols.stride, epilogue, winners is not None)
-    blocks = groups * plan.blocks_per_group
-    order = [tap for phase in phases for tap, _ in phase.pairs]
-    tap_size = plan.channels * plan.width
-    packed = p.scratch(blocks * len(order) * tap_size)
-    _pack_weights(p, target, plan, weights, [weights.tap(conv, *t) for t in order], packed, groups)
-    done = 0
-    for phase in phases:
+    pooled, phases = Block(conv, epilogue).pool, _phases(conv)
+    lanewise = is_depthwise(conv) and pooled is None and len(phases) == 1
+    if lanewise and not any_size and conv.batch and phases[0].pairs:
+        _depthwise(p, target, conv, x, packed, out, epilogue, extra)
+        return
+    maps = [out, *([_residual_map(extra)] if "residual" in extra else [])]
+    loops = [_Loops.of(conv, phase, x, *maps) for phase in phases]
+    if pooled is None and len(loops) == 1:
+        merged = loops[0].merged()
+        # Images that stand in for pixels are a step apart that depends on the size of the map.
+        loops = loops if any_size and merged.steps[0][2] != loops[0].steps[0][2] else [merged]
+    plan = _plan(target, conv, loops, epilogue, winners is not None, any_size)
+    blocks, tap_size = _groups(conv) * plan.blocks_per_group, plan.channels * plan.width
+    taps, done = sum(len(phase.pairs) for phase in phases), 0
+    for phase, loop in zip(phases, loops, strict=True):
         offsets = [y * x.row + ox * x.pixel for _, (y, ox) in phase.pairs]
-        rows, fields = phase.rows.count, dict(extra)
+        fields = {
+            "x": x.place, "x_group": plan.channels,
+            "w": packed + done * tap_size, "w_block": taps * tap_size,
+            "taps": p.constant(offsets), "n_taps": len(offsets),
+            "out": out.place + (phase.rows.start * out.row + phase.cols.start * out.pixel),
+            **extra, **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
+        }  # fmt: skip
         if pooled is not None:
-            _, _, rows, pool_cols = pooled.out_shape
-            fields |= {"pool_rows": rows, "pool_cols": pool_cols, **_winner_fields(winners)}
-        step = p.step(
-            kernel(plan), blocks * conv.batch * rows,
-            x=x.place, x_image=x.image, x_row=phase.rows.stride * x.row, x_group=plan.channels,
-            w=packed + done * tap_size, w_block=len(order) * tap_size,
-            taps=p.constant(offsets), n_taps=len(offsets),
-            out=out.place + (phase.rows.start * out.row + phase.cols.start * out.pixel),
-            out_image=out.image, out_row=phase.rows.step * out.row,
-            out_pixel=phase.cols.step * out.pixel,
-            batch=conv.batch, rows=phase.rows.count, cols=phase.cols.count, **fields,
-        )  # fmt: skip
-        if pooled is not None:
-            ring = direct.scratch_rows(plan) * phase.cols.count * plan.width
-            p.thread_scratch(step, "scratch", ring)
+            _, _, rows, cols = pooled.out_shape
+            fields |= {"pool_rows": rows, "pool_cols": cols, "cols": loop.cols}
+            fields |= _winner_fields(winners)
+            step = p.step(kernel(plan), blocks * conv.batch * rows, **fields)
+            p.thread_scratch(step, "scratch", direct.scratch_rows(plan) * loop.cols * plan.width)
+        else:
+            _share_out(p, plan, fields, blocks, taps)
         done += len(offsets)
     p.work += conv.multiply_adds
+
+
+def _depthwise(
+    p: Program,
+    target: Target,
+    conv: Conv,
+    x: Map,
+    packed: Place,
+    out: Map,
+    epilogue: tuple[Step, ...],
+    extra: Mapping[str, Place | int],
+) -> None:
+    (phase,) = _phases(conv)
+    rows, cols = phase.rows.count, phase.cols.count
+    height = min(depthwise.HEIGHT, rows)
+    sizes = even_sizes(cols, target.pixels(1) // height)
+    wide, tail = cover(cols, sizes)
+    plan = depthwise.DepthwisePlan(
+        target=target,
+        size=(conv.rows.size, conv.cols.size),
+        stride=(conv.rows.stride, conv.cols.stride),
+        dilation=(conv.rows.dilation, conv.cols.dilation),
+        heights=(height, rows % height) if rows % height else (height,),
+        tiles=sizes,
+        tail=conv.out_channels % target.lanes > 0,
+        epilogue=epilogue,
+    )
+    groups, (_, (y, left)) = -(-rows // height), phase.pairs[0]
+    p.step(
+        kernel(plan), conv.batch * groups,
+        x=x.place + (y * x.row + left * x.pixel), x_image=x.image, x_row=x.row, x_pixel=x.pixel,
+        w=packed, out=out.place, out_image=out.image, out_row=out.row, out_pixel=out.pixel,
+        channels=conv.out_channels, groups=groups, tiles=wide + len(tail), wide=wide,
+        **extra,
+    )  # fmt: skip
+    p.work += conv.multiply_adds
+
+
+def _tile_fields(p: Program, sizes: tuple[int, ...], cols: int) -> dict[str, Place | int]:
+    """How a row of ``cols`` pixels falls into tiles."""
+    wide, tail = cover(cols, sizes)
+    entries, start = [], wide * sizes[0]
+    for size in tail:
+        entries += [start, sizes.index(size)]
+        start += size
+    return {"tiles": wide + len(tail), "wide": wide, "tail": p.constant(entries)}
+
+
+def _residual_map(extra: Mapping[str, Place | int]) -> Map:
+    place, *strides = (extra["residual" + end] for end in ("", "_image", "_row", "_pixel"))
+    return Map(place, *strides)
+
+
+def _share_out(
+    p: Program, plan: direct.DirectPlan, fields: dict[str, Any], blocks: int, taps: int
+) -> None:
+    """The step of an unpooled convolution: how many tiles make a work item, and in what order."""
+    total = fields["batch"] * fields["rows"] * fields["tiles"]
+    if plan.chunk:  # as many as use a chunk well, but items for several threads
+        most, least = max(1, SUMS // (plan.tiles[0] * plan.width)), SHARING
+    else:
+        most, least = max(1, min(8, CHUNK // (plan.tiles[0] * plan.channels))), 1
+    runs = max(-(-total // most), min(total // least, -(-ITEMS // blocks)), 1)
+    run = max(1, -(-total // runs))
+    runs = -(-total // run)
+    small = blocks * taps * plan.channels * plan.width <= PANEL
+    inside = not plan.chunk and blocks > 1 and small
+    step = p.step(
+        kernel(plan), blocks * runs, **fields,
+        run=run, inside=blocks if inside else max(1, runs), blocks_inside=int(inside),
+    )  # fmt: skip
+    if plan.chunk:
+        p.thread_scratch(step, "sums", run * plan.tiles[0] * plan.width)
+
+
+def _phases(conv: Conv) -> list[_Taps]:
+    rows, cols = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
+    return [_Taps(r, c) for r in rows for c in cols]
+
+
+def _groups(conv: Conv) -> int:
+    return 1 if is_depthwise(conv) else conv.groups
 
 
 def _winner_fields(winners: Map | None) -> dict[str, Place | int]:

@@ -60,8 +60,8 @@ def conv_block(
 ) -> Tensor:
     """Convolution, bias, residual addition, activation and pool as one kernel.
 
-    ``pool(activation(conv2d(input, weight, bias, ...) + residual))``. ``activation``: "identity",
-    "relu", "leaky_relu" (with ``negative_slope``), or that spelled out: "leaky_relu(0.1)".
+    ``pool(activation(conv2d(input, weight, bias, ...) + residual))``. ``activation``: a row of
+    ``neocog.activations``, "leaky_relu" with ``negative_slope`` or spelled out: "leaky_relu(0.1)".
     ``pool``: a :class:`neocog.problem.Pooling`, see :func:`neocog.problem.pooling`. ``residual``
     has the convolution's output shape.
     InvalidProblem as :func:`conv2d`.

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from .activations import ACTIVATIONS
 from .problem import Act, Pooling, Step
 
 log = logging.getLogger("neocog")
@@ -25,7 +26,11 @@ COVERED = (
     ("conv2d", "any stride, padding, dilation, groups; forward and backward"),
     ("max_pool2d", "any kernel, stride, padding, dilation, ceil_mode; forward and backward"),
     ("avg_pool2d", "ceil_mode, count_include_pad, divisor_override; forward and backward"),
-    ("activations", "identity, relu, leaky_relu (slope >= 0)"),
+    (
+        "activations",
+        "identity, relu, leaky_relu (slope >= 0), relu6, hardsigmoid, sigmoid, tanh; "
+        "forward only: hardswish, silu, gelu, gelu_tanh",
+    ),
     ("layouts", "contiguous and channels_last; others are copied first"),
 )
 """What the kernels do; for ``neocog doctor``."""
@@ -34,6 +39,7 @@ HANDED_BACK = (
     ("other devices and dtypes", "computed by PyTorch"),
     ("autocast", "computed by PyTorch in the lower precision it asks for"),
     ("leaky_relu with a negative slope", "computed by PyTorch"),
+    ("gradients of blocks with hardswish, silu, gelu, gelu_tanh", "computed by PyTorch"),
     ("channels, kernels or images of size 0", "PyTorch decides what they mean"),
     ("max_pool2d with return_indices", "computed by PyTorch"),
     ("transforms of torch.func, forward-mode differentiation", "computed by PyTorch"),
@@ -66,9 +72,14 @@ def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
             return "a transform of torch.func"
         if forward_ad._current_level >= 0:
             return "forward-mode differentiation"
-    for step in steps:
-        if isinstance(step, Act) and step.slope < 0:
-            return f"{step}: a negative slope"
+    acts = [step for step in steps if isinstance(step, Act)]
+    for act in acts:
+        if act.slope < 0:
+            return f"{act}: a negative slope"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        for act in acts:
+            if ACTIVATIONS[act.name].derivative_from_output is None:
+                return f"the gradient of {act} (without one, kernels exist for it)"
     return None
 
 
@@ -104,6 +115,8 @@ def activation(x: Tensor, act: Act) -> Tensor:
     """An activation in PyTorch's own operators."""
     if act.name == "leaky_relu":
         return F.leaky_relu(x, act.slope)
+    if act.name == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
     return x if act.name == "identity" else getattr(F, act.name)(x)
 
 

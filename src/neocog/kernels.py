@@ -6,13 +6,26 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-from .cpu import direct, pool, pool_backward, weight_gradient
-from .cpu.runtime import Kernel
+from .cpu import (
+    checksum,
+    depthwise,
+    direct,
+    elementwise,
+    linear,
+    pool,
+    pool_backward,
+    weight_gradient,
+)
+from .cpu.runtime import Kernel, cached
 
 KERNELS_KEPT = 512
 
 EMITTERS: dict[type, Callable[[Any], Kernel]] = {
+    checksum.ChecksumPlan: checksum.emit,
     direct.DirectPlan: direct.emit,
+    elementwise.ElementwisePlan: elementwise.emit,
+    linear.LinearPlan: linear.emit,
+    depthwise.DepthwisePlan: depthwise.emit,
     pool.PoolPlan: pool.emit,
     pool_backward.PoolBackwardPlan: pool_backward.emit,
     weight_gradient.WeightGradientPlan: weight_gradient.emit,
@@ -22,10 +35,10 @@ EMITTERS: dict[type, Callable[[Any], Kernel]] = {
 @functools.lru_cache(KERNELS_KEPT)
 def kernel(plan: Any) -> Kernel:
     """The compiled kernel of a plan."""
-    return EMITTERS[type(plan)](plan)
+    return cached(EMITTERS[type(plan)], plan)
 
 
 @functools.lru_cache(KERNELS_KEPT)
 def copy_kernel(kind: Callable[..., Kernel], *args: Any) -> Kernel:
     """A compiled copy kernel: ``kind`` is a function of :mod:`neocog.cpu.copy`."""
-    return kind(*args)
+    return cached(kind, *args)

@@ -68,12 +68,17 @@ def _reach(window: Window, n: int) -> tuple[int, int]:
     return low, high
 
 
-def scratch_map(p: Program, shape: Sequence[int], halo: Halo) -> tuple[Map, Place]:
-    """A map in scratch with room for its halo, and the halo's corner."""
+def scratch_map(
+    p: Program, shape: Sequence[int], halo: Halo, shared: bool = False
+) -> tuple[Map, Place]:
+    """A map in scratch with room for its halo, and the halo's corner.
+
+    ``shared``: it outlives an iteration of the program's section.
+    """
     batch, channels, height, width = shape
     row = (width + halo.left + halo.right) * channels
     image = (height + halo.top + halo.bottom) * row
-    corner = p.scratch(batch * image)
+    corner = p.scratch(batch * image, shared)
     inside = corner + (halo.top * row + halo.left * channels)
     return Map(inside, image, row, channels), corner
 

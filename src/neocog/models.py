@@ -11,6 +11,8 @@ It names the layers from the input to the output, joined by ``-``:
 
 ``32C3-P2-64C3-P2-10`` is the network of ``neocog train``, ``64-10`` a multilayer perceptron. A
 pool right behind a convolution is fused with it into one :class:`neocog.nn.ConvBlock`.
+
+Well-known networks in plain torch.nn are here as well, from :mod:`neocog.architectures`.
 """
 
 from __future__ import annotations
@@ -23,8 +25,23 @@ from dataclasses import dataclass
 from torch import nn
 
 from . import nn as neocog_nn
+from .architectures import (
+    ARCHITECTURES,
+    digits,
+    mobilenet_v2,
+    resnet18,
+    resnet50,
+    squeezenet,
+    vgg11,
+    vgg16,
+)
 from .errors import InvalidModel, InvalidProblem
 from .geometry import Window
+
+__all__ = [
+    "ARCHITECTURES", "class_count", "digits", "has_convolution", "layers", "mlp_beside",
+    "mobilenet_v2", "parse", "resnet18", "resnet50", "squeezenet", "vgg11", "vgg16", "weight_count",
+]  # fmt: skip
 
 Shape = tuple[int, int, int]
 """(channels, height, width)."""

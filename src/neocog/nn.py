@@ -61,7 +61,8 @@ class AvgPool2d(nn.AvgPool2d):
 class ConvBlock(nn.Conv2d):
     """Convolution, activation and pool as one kernel; its state dict is that of its Conv2d.
 
-    ``activation``: "identity", "relu" or "leaky_relu" with ``negative_slope``. ``pool``: a
+    ``activation``: a row of ``neocog.activations``, such as "relu", "silu", or "leaky_relu" with
+    ``negative_slope``. ``pool``: a
     :class:`MaxPool2d` or :class:`AvgPool2d` (torch.nn's do as well), or None. ``forward`` takes a
     residual of the convolution's output shape, added before the activation. InvalidProblem for
     anything else.

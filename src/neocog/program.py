@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from .cpu import runtime
+from .cpu import driver, runtime
 from .cpu.runtime import Kernel
 
 ALIGNMENT = 64
@@ -71,6 +72,67 @@ class Step:
 
 
 @dataclass
+class Scratch:
+    """Memory shared out by lifetimes: what is given back serves again. Sizes in float32."""
+
+    size: int = 0
+    _taken: dict[int, int] = field(default_factory=dict)
+    _holes: dict[int, int] = field(default_factory=dict)
+
+    def take(self, elements: int) -> int:
+        """The offset of ``elements`` float32, with slack behind them."""
+        size = _lines(elements + SLACK)
+        fitting = [hole for hole in self._holes.items() if hole[1] >= size]
+        if fitting:  # the smallest that is large enough
+            start, room = min(fitting, key=lambda hole: hole[1])
+            del self._holes[start]
+            if room > size:
+                self._holes[start + size] = room - size
+        else:  # a hole at the end grows
+            start = max(self._holes, default=self.size)
+            if start + self._holes.pop(start, 0) != self.size:
+                start = self.size
+            self.size = start + size
+        self._taken[start] = size
+        return start
+
+    def give_back(self, start: int) -> None:
+        """Free what :meth:`take` gave at ``start``."""
+        size = self._taken.pop(start)
+        for other, room in sorted(self._holes.items()):
+            if other + room == start:
+                start, size = other, size + room
+                del self._holes[other]
+            elif start + size == other:
+                size += room
+                del self._holes[other]
+        self._holes[start] = size
+
+
+def _lines(elements: int) -> int:
+    line = ALIGNMENT // 4
+    return -(-elements // line) * line
+
+
+@dataclass
+class Section:
+    """Consecutive steps that run ``iterations`` times, each on the next images of the batch."""
+
+    first: int
+    """The number of its first step."""
+    iterations: int = 1
+    scratch: Scratch | None = None
+    """Memory of one iteration, as buffer ``buffer``; None: it works in the arena."""
+    buffer: int = ARENA
+    moves: list[tuple[int, Place, int]] = field(default_factory=list)
+    """Virtual buffers: (number, where it starts, elements it moves on by per iteration)."""
+
+    def private(self, threads: int) -> bool:
+        """Whether each thread runs whole iterations by itself."""
+        return self.iterations > 1 and self.iterations % threads == 0
+
+
+@dataclass
 class Program:
     """Steps and their memory; built by :mod:`neocog.compiler`, then run any number of times."""
 
@@ -79,7 +141,9 @@ class Program:
     steps: list[Step] = field(default_factory=list)
     work: int = 0
     """Multiply-adds of all steps: decides whether threads are worth waking."""
-    _arena: int = 0
+    sections: list[Section] = field(default_factory=lambda: [Section(0)])
+    _arena: Scratch = field(default_factory=Scratch)
+    _virtual: int = 0
     _thread_scratch: list[tuple[Step, str, int]] = field(default_factory=list)
     _constants: list[np.ndarray] = field(default_factory=list)
     _constant_words: int = 0
@@ -89,15 +153,41 @@ class Program:
         """The call buffer called ``name``."""
         return Place(FIRST_CALL_BUFFER + self.names.index(name))
 
-    def scratch(self, elements: int) -> Place:
-        """``elements`` float32 of the arena, with slack behind them.
+    def section(self, iterations: int = 1) -> None:
+        """Steps from now on belong to a new section."""
+        made = Section(len(self.steps), iterations)
+        if iterations > 1:
+            made.scratch, made.buffer = Scratch(), self._new_buffer()
+        self.sections.append(made)
 
-        The slack lets kernels read whole blocks of channels at the end of the last row.
+    def _new_buffer(self) -> int:
+        self._virtual += 1
+        return FIRST_CALL_BUFFER + len(self.names) + self._virtual - 1
+
+    def moving(self, place: Place, elements: int) -> Place:
+        """``place`` in the first iteration of this section, then ``elements`` further each time."""
+        number = self._new_buffer()
+        self.sections[-1].moves.append((number, place, elements))
+        return Place(number)
+
+    def scratch(self, elements: int, shared: bool = False) -> Place:
+        """``elements`` float32 of scratch, with slack behind them.
+
+        The slack lets kernels read whole blocks of channels at the end of the last row. ``shared``:
+        outlives an iteration of this section.
         """
-        place = Place(ARENA, self._arena)
-        line = ALIGNMENT // 4
-        self._arena += -(-(elements + SLACK) // line) * line
-        return place
+        own = self.sections[-1]
+        if own.scratch is None or shared:
+            return Place(ARENA, self._arena.take(elements))
+        return Place(own.buffer, own.scratch.take(elements))
+
+    def release(self, place: Place) -> None:
+        """Give back scratch: no step appended from now on reads what it holds."""
+        for section in self.sections:
+            if section.scratch is not None and section.buffer == place.buffer:
+                section.scratch.give_back(place.offset)
+                return
+        self._arena.give_back(place.offset)
 
     def constant(self, values: list[int]) -> Place:
         """A table of int64 owned by the program."""
@@ -114,12 +204,18 @@ class Program:
         return made
 
     def thread_scratch(self, step: Step, name: str, elements: int) -> None:
-        """Give ``step`` ``elements`` float32 per thread: fields ``name`` and ``name_stride``."""
+        """Give ``step`` ``elements`` float32 per thread: fields ``name`` and ``name_stride``.
+
+        One step's scratch is another's: nothing in it lasts.
+        """
         self._thread_scratch.append((step, name, elements))
 
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.names)}): {self.work} multiply-adds"]
-        for s in self.steps:
+        starts = {s.first: s for s in self.sections if s.iterations > 1}
+        for number, s in enumerate(self.steps):
+            if number in starts:
+                lines.append(f"  {starts[number].iterations} times:")
             lines.append(f"  {s.kernel.name} x{s.items} " + _spell(s.fields, self.names))
         return "\n".join(lines)
 
@@ -133,44 +229,70 @@ class Program:
         return built
 
     def _build(self, threads: int) -> tuple:
-        arena = self._arena
-        line = ALIGNMENT // 4
+        arena = self._arena.size
         scratch: dict[int, dict[str, Place | int]] = {}
-        for step, name, elements in self._thread_scratch:
-            stride = -(-(elements + line) // line) * line
+        stride = _lines(max((n for *_, n in self._thread_scratch), default=0)) + ALIGNMENT // 4
+        for step, name, _ in self._thread_scratch:
             scratch[id(step)] = {name: Place(ARENA, arena), f"{name}_stride": stride}
-            arena += stride * threads
+        arena += stride * threads if self._thread_scratch else 0
         tables = [np.asarray(s.words(scratch.get(id(s), {})), np.int64) for s in self.steps]
-        omp = runtime.openmp()
-        words = [len(self.steps), omp.parallel, omp.barrier, omp.thread_num, omp.num_threads]
-        for step, table in zip(self.steps, tables, strict=True):
-            words += [step.kernel.address, step.items, table.ctypes.data]
+        own = arena  # one section's own scratch is the next one's
+        steps, moves, words = [], [], []
+        bounds = [*(s.first for s in self.sections[1:]), len(self.steps)]
+        for section, stop in zip(self.sections, bounds, strict=True):
+            private = section.private(threads)
+            size = _lines(section.scratch.size) if section.scratch else 0
+            arena = max(arena, own + size * (threads if private else 1))
+            made = [(n, p.buffer, 4 * p.offset, 4 * by, 0) for n, p, by in section.moves]
+            if section.scratch:
+                made.append((section.buffer, ARENA, 4 * own, 0, 4 * size * private))
+            moves.append(np.asarray(made, np.int64).reshape(-1, len(driver.MOVE)))
+            steps.append(
+                np.asarray(
+                    [
+                        (s.kernel.address, s.items, table.ctypes.data)
+                        for s, table in list(zip(self.steps, tables, strict=True))[
+                            section.first : stop
+                        ]
+                    ],
+                    np.int64,
+                ).reshape(-1, len(driver.STEP))
+            )
+            words += [int(private), section.iterations, len(made), moves[-1].ctypes.data,
+                      len(steps[-1]), steps[-1].ctypes.data]  # fmt: skip
+        buffers = FIRST_CALL_BUFFER + len(self.names)
+        omp, line = runtime.openmp(), 8 * _lines(buffers + self._virtual)
+        head = [len(self.sections), omp.parallel, omp.barrier, omp.thread_num, omp.num_threads,
+                buffers, self._virtual, 4 * arena, line]  # fmt: skip
         constants = np.concatenate([*self._constants, np.zeros(1, np.int64)])
-        program = np.asarray(words, dtype=np.int64)
-        kind = ctypes.c_void_p * (FIRST_CALL_BUFFER + len(self.names))
+        program = np.asarray(head + words, dtype=np.int64)
+        kind = ctypes.c_void_p * buffers
         return (
             program.ctypes.data,
-            4 * arena,
+            4 * arena + line * threads,
             constants.ctypes.data,
             kind,
-            (program, tables, constants),
+            (program, tables, steps, moves, constants),
         )
 
-    def run(self, *addresses: int, threads: int | None = None) -> None:
-        """Run all steps; ``addresses`` are the call buffers', in the order of ``names``."""
+    def run(self, *addresses: int, fixed: Sequence[int] = (), threads: int | None = None) -> None:
+        """Run all steps; ``addresses`` and ``fixed`` are the call buffers', in order of ``names``.
+
+        ``fixed``: addresses of the last buffers as one sequence, for callers that have it ready.
+        """
         if not self.steps:
             return
         if threads is None:
             threads = 1 if self.work < SERIAL_WORK else runtime.thread_count()
         program, arena_bytes, constants, kind, _ = self._table(threads)
-        bases = kind(constants, _arena_of_this_thread(arena_bytes), *addresses)
-        runtime.launch(bases, program, threads)
+        bases = kind(constants, _arena_of_this_thread(arena_bytes), *addresses, *fixed)
+        driver.launch(bases, program, threads)
 
 
 def _spell(fields: dict[str, Place | int], names: tuple[str, ...]) -> str:
-    kinds = ("constants", "arena", *names)
+    kinds = dict(enumerate(("constants", "arena", *names)))
     return " ".join(
-        f"{k}={kinds[v.buffer]}+{v.offset}" if isinstance(v, Place) else f"{k}={v}"
+        f"{k}={kinds.get(v.buffer, v.buffer)}+{v.offset}" if isinstance(v, Place) else f"{k}={v}"
         for k, v in fields.items()
     )
 

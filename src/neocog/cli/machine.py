@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,9 +18,11 @@ from .shared import JsonOption, print_json
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from ..cpu.runtime import Kernel
     from ..program import Program
+    from ..race import Case
     from ..target import Target
 
-ROUNDS = 25
+ROUNDS, RACE_ROUNDS = 25, 7
+BATCHES, RACE_THREADS = "1,16", "1,2"
 
 
 def register(app: typer.Typer) -> None:
@@ -30,72 +34,191 @@ def register(app: typer.Typer) -> None:
 
 # --------------------------------------------------------------------------------------- bench
 
+BlocksOption = Annotated[
+    bool, typer.Option("--blocks", help="Each kernel's share of the processor's peak.")
+]
+NetworkOption = Annotated[
+    bool, typer.Option("--network", help="The digits network, inference and training.")
+]
+NetworksOption = Annotated[
+    bool, typer.Option("--networks", help="Well-known networks, beside other engines.")
+]
+JsonFileOption = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Also write the rows as JSON; - prints them."),
+]
+PlotOption = Annotated[
+    Path | None,
+    typer.Option("--plot", metavar="FILE", help="Of --networks: the ratios as a PNG file."),
+]
+CountsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--threads",
+        metavar="N[,N]",
+        help="Threads of neocog, of the others and of the peak.",
+        show_default=f"1; --networks: {RACE_THREADS}",
+    ),
+]
+BatchesOption = Annotated[
+    str, typer.Option("--batches", metavar="N[,N]", help="Of --networks: pictures at once.")
+]
+EnginesOption = Annotated[
+    str | None,
+    typer.Option(
+        "--engines", metavar="NAME[,NAME]", help="Of --networks.", show_default="all of them"
+    ),
+]
+PeersOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--peers",
+        metavar="PYTHON",
+        help="The interpreter with the engines of --networks: .venv-peers/bin/python.",
+        show_default="this one",
+    ),
+]
+FilterOption = Annotated[
+    str, typer.Option("--filter", metavar="TEXT", help="Only rows whose name holds TEXT.")
+]
+RoundsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--rounds",
+        help="Samples of each contender; their median counts.",
+        show_default=f"{ROUNDS}; --networks: {RACE_ROUNDS}",
+    ),
+]
+
 
 def bench(
-    blocks: Annotated[
-        bool, typer.Option("--blocks", help="Each kernel's share of the processor's peak.")
-    ] = False,
-    network: Annotated[
-        bool, typer.Option("--network", help="The digits network, inference and training.")
-    ] = False,
-    json_file: Annotated[
-        Path | None,
-        typer.Option("--json", metavar="FILE", help="Also write the rows as JSON; - prints them."),
-    ] = None,
-    threads: Annotated[
-        int, typer.Option("--threads", help="Threads of neocog, of PyTorch and of the peak.")
-    ] = 1,
-    filter: Annotated[
-        str, typer.Option("--filter", metavar="TEXT", help="Only rows whose name holds TEXT.")
-    ] = "",
-    rounds: Annotated[
-        int, typer.Option("--rounds", help="Samples of each contender; their median counts.")
-    ] = ROUNDS,
+    blocks: BlocksOption = False,
+    network: NetworkOption = False,
+    networks: NetworksOption = False,
+    json_file: JsonFileOption = None,
+    plot: PlotOption = None,
+    threads: CountsOption = None,
+    batches: BatchesOption = BATCHES,
+    engines: EnginesOption = None,
+    peers: PeersOption = None,
+    filter: FilterOption = "",
+    rounds: RoundsOption = None,
 ) -> None:
-    """Measure neocog's kernels beside the processor's peak and PyTorch eager, in one run."""
-    from .. import benchmark, network_benchmark
-    from .machine_view import show_blocks, show_network, what_can_be_measured, wide_console
+    """Measure neocog's kernels beside the processor's peak and PyTorch, in one run.
 
-    if not (blocks or network):
+    --networks: whole networks beside the engines that `make peers` installs; that takes hours.
+    """
+    from .machine_view import what_can_be_measured
+
+    if not (blocks or network or networks):
         typer.echo(what_can_be_measured())
         return
+    _check_options(networks and (blocks or network), json_file, plot, rounds)
+    if networks:
+        from . import race_view
+
+        counts = _numbers("--threads", threads or RACE_THREADS, _processors())
+        cases = race_view.cases(_numbers("--batches", batches), counts, filter)
+        _check_filter(filter, cases)
+        chosen = race_view.engines(engines)
+        python = sys.executable if peers is None else str(peers)
+        _race(cases, chosen, rounds or RACE_ROUNDS, python, json_file, plot)
+        return
+    count, *more = _numbers("--threads", threads or "1", _processors())
+    if more:
+        raise InvalidProblem(f"--threads {threads}: expected one number, several with --networks")
+    _measure(blocks, network, json_file, count, filter, rounds or ROUNDS)
+
+
+def _check_options(
+    both: bool, json_file: Path | None, plot: Path | None, rounds: int | None
+) -> None:
+    """Before anything is measured, for that takes a while."""
+    if both:
+        raise InvalidProblem("--networks: alone, without --blocks and --network")
+    for option, file in (("--json", json_file), ("--plot", plot)):
+        if file is not None and not file.parent.is_dir():
+            raise InvalidProblem(f"{option} {file}: there is no folder {file.parent}")
+    if rounds is not None and rounds < 1:
+        raise InvalidProblem(f"--rounds {rounds}: expected at least 1")
+
+
+def _check_filter(filter: str, found: Sequence[Any]) -> None:
+    if not found:
+        raise InvalidProblem(f"--filter {filter!r}: no row's name holds this text")
+
+
+def _measure(
+    blocks: bool, network: bool, json_file: Path | None, threads: int, filter: str, rounds: int
+) -> None:
+    from .. import benchmark, network_benchmark
+    from .machine_view import show_blocks, show_network, wide_console
+
     cases = [c for c in benchmark.CASES if blocks and filter in str(c)]
     networks = [c for c in network_benchmark.CASES if network and filter in str(c)]
-    _check_options(cases or networks, json_file, threads, filter, rounds)
-    printed = json_file is not None and str(json_file) == "-"
-    console = wide_console(quiet=printed)
+    _check_filter(filter, cases or networks)
+    console = wide_console(quiet=_is_printed(json_file))
     rows: list[Any] = []
     with benchmark.threads(threads):
         if cases:
             rows += show_blocks(console, cases, rounds)
         if networks:
             rows += show_network(console, networks, rounds)
-    plain = [row.plain() for row in rows]
-    if printed:
-        print_json(plain)
-    elif json_file is not None:
-        _write_json(json_file, plain)
+    _keep([row.plain() for row in rows], json_file)
 
 
-def _check_options(
-    cases: Any, json_file: Path | None, threads: int, filter: str, rounds: int
+def _race(
+    cases: Sequence[Case],
+    engines: Sequence[str],
+    rounds: int,
+    python: str,
+    json_file: Path | None,
+    plot_file: Path | None,
 ) -> None:
-    """Before anything is measured, for that takes a while."""
-    processors = os.cpu_count() or 1
-    if not cases:
-        raise InvalidProblem(f"--filter {filter!r}: no row's name holds this text")
-    if not 1 <= threads <= processors:
-        raise InvalidProblem(f"--threads {threads}: expected 1 to {processors}, the processors")
-    if rounds < 1:
-        raise InvalidProblem(f"--rounds {rounds}: expected at least 1")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise InvalidProblem(f"--json {json_file}: there is no folder {json_file.parent}")
+    from ..files import write_atomically
+    from . import race_view
+
+    printed = _is_printed(json_file)
+
+    def keep(rows: Sequence[dict[str, Any]]) -> None:
+        if not printed:  # after each case, for the next ones may take an hour
+            _keep(rows, json_file)
+
+    console = race_view.wide_console(quiet=printed)
+    rows = race_view.show_race(console, cases, engines, rounds, python, keep)
+    if printed:
+        print_json(rows)
+    if plot_file is not None:
+        write_atomically(plot_file, race_view.plot(rows))
 
 
-def _write_json(path: Path, rows: list[dict[str, Any]]) -> None:
+def _numbers(option: str, text: str, most: int | None = None) -> list[int]:
+    """``1,2`` as numbers, each at least 1 and at most so many."""
+    expected = "at least 1" if most is None else f"1 to {most}, the processors"
+    try:
+        found = [int(number) for number in text.split(",")]
+    except ValueError:
+        raise InvalidProblem(f"{option} {text}: expected a number, or several as 1,2") from None
+    if not all(1 <= number <= (most or number) for number in found):
+        raise InvalidProblem(f"{option} {text}: expected {expected}")
+    return found
+
+
+def _processors() -> int:
+    return os.cpu_count() or 1
+
+
+def _is_printed(json_file: Path | None) -> bool:
+    return str(json_file) == "-"
+
+
+def _keep(rows: Sequence[dict[str, Any]], json_file: Path | None) -> None:
     from ..files import write_atomically
 
-    write_atomically(path, f"{json.dumps(rows, indent=2, allow_nan=False)}\n".encode())
+    if _is_printed(json_file):
+        print_json(rows)
+    elif json_file is not None:
+        write_atomically(json_file, f"{json.dumps(rows, indent=2, allow_nan=False)}\n".encode())
 
 
 # -------------------------------------------------------------------------------------- doctor

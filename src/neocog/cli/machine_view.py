@@ -47,6 +47,7 @@ def what_can_be_measured() -> str:
         f"neocog bench --blocks   {len(benchmark.CASES)} blocks: their share of the processor's "
         "peak, and PyTorch's time\n"
         f"neocog bench --network  {ARCHITECTURE}, inference and training step, and PyTorch's time\n"
+        "neocog bench --networks well-known networks, and the times of other engines\n"
         "neocog bench --help     all options"
     )
 

@@ -3,25 +3,33 @@
 A convolution is a list of taps. Tap t adds, to every output pixel, the products of one kernel
 element with the input ``taps[t]`` elements away; so kernel size, dilation and the phases of a
 strided gradient are data, and one compiled kernel serves them all. It is made for: channels per
-group, pixel step (stride x channels), register tile, epilogue. Batch, height, width and every row
+group, pixel step (stride x channels), register tiles, epilogue. Batch, height, width and every row
 stride arrive at run time.
 
-The register tile holds MR output pixels x NB vectors of output channels:
+The register tile holds up to MR output pixels x NB vectors of output channels:
 
     for t in taps:  for c in channels:
         for p in MR:  x = broadcast(input[p*pixel_step + taps[t] + c])
             for j in NB:  acc[p][j] += x * w[t][c][j]
 
 Depthwise layers (one channel per group in and out) keep channels in the lanes: x is a vector.
+(:mod:`neocog.cpu.depthwise` is faster where it applies.)
 
-Input: NHWC with its halo. Weights: see ``copy.pack_weights``. Work items: blocks of NB vectors x
-images x output rows (pooled rows if the epilogue pools), block slowest, so that a thread keeps one
-block's weights in its cache.
+Weights that a cache does not hold are used in *chunks*: a chunk of input channels of one tap serves
+all pixels of the work item, whose sums wait in scratch, while the next chunk is prefetched:
+
+    for t in taps:  for chunk of channels:  for tiles:  sums[tile] += the chunk's products
+    for tiles:  out[tile] = epilogue(sums[tile])
+
+Input: NHWC with its halo. Weights: see ``copy.pack_weights``. The tiles of all rows of all images
+are one list; a work item is a run of them for one block of NB vectors (or, if the epilogue pools, a
+pooled row for one block). Runs vary fastest, so that a thread keeps one block's weights in its
+cache, or blocks do (``blocks_inside``), so that it reads its input once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -42,187 +50,213 @@ UNROLL = 8
 class DirectPlan(TiledPlan):
     """Everything a direct kernel is specialised on."""
 
+    tiles: tuple[int, ...] = (1,)
+    """Pixels of the register tiles, in falling order; see ``tiling.cover``."""
     epilogue: tuple[Step, ...] = ()
     depthwise: bool = False
     winners: bool = False
     """Whether a fused max pool also stores which tap won, for the backward pass."""
-
-    @property
-    def pixels(self) -> tuple[int, ...]:
-        """Tile widths in pixels: MR, then its binary fractions for what a row leaves over."""
-        sizes = [self.target.pixels(self.blocks)]
-        while sizes[-1] > 1:
-            sizes.append(sizes[-1] // 2 if sizes[-1] % 2 == 0 else _power_below(sizes[-1]))
-        return tuple(sizes)
+    chunk: int = 0
+    """Input channels per chunk, a multiple of UNROLL; 0: all taps and channels at once."""
 
     @property
     def name(self) -> str:
         """A name for the listing."""
         kind = "depthwise" if self.depthwise else "direct"
-        tile = f"{self.pixels[0]}x{self.blocks}v{self.target.lanes}"
+        tile = f"{self.tiles[0]}x{self.blocks}v{self.target.lanes}"
+        chunk = f"/{self.chunk}" if self.chunk else ""
         steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"{kind}_c{self.channels}k{self.out_channels}_{tile}{steps}"
-
-
-def _power_below(n: int) -> int:
-    return 1 << ((n - 1).bit_length() - 1)
+        return f"{kind}_c{self.channels}{chunk}k{self.out_channels}_{tile}{steps}"
 
 
 def fields(plan: DirectPlan) -> tuple[str, ...]:
-    """What a step of this plan passes. Offsets and strides count in elements."""
+    """What a step of this plan passes. Offsets and strides count in elements.
+
+    ``tiles`` cover a row, the first ``wide`` of them of the largest size; ``tail`` holds (first
+    pixel, index of its size) of the others.
+    """
     names = [
         "x*", "x_image", "x_row", "x_group", "w*", "taps*", "n_taps", "w_block",
         "out*", "out_image", "out_row", "out_pixel",
-        "batch", "rows", "cols",
+        "batch", "rows", "tiles", "wide", "tail*",
     ]  # fmt: skip
     names += [f"{p}*" for p in ep.parameters(plan.epilogue)]
     if ep.adds_residual(plan.epilogue):
         names += ["residual*", "residual_image", "residual_row", "residual_pixel"]
-    if ep.pooling_of(plan.epilogue):
-        names += ["scratch*", "scratch_stride", "pool_rows", "pool_cols"]
-        if plan.winners:
-            names += ["winners*", "winners_image", "winners_row", "winners_pixel"]
+    if plan.chunk:
+        names += ["sums*", "sums_stride"]
+    if not ep.pooling_of(plan.epilogue):
+        return (*names, "run", "inside", "blocks_inside")
+    names += ["scratch*", "scratch_stride", "cols", "pool_rows", "pool_cols"]
+    if plan.winners:
+        names += ["winners*", "winners_image", "winners_row", "winners_pixel"]
     return tuple(names)
 
 
 def emit(plan: DirectPlan) -> Kernel:
     """Compile the kernel of a plan."""
     e = Emitter(plan.target, plan.name)
-    tiles = {n: _tile_function(e, plan, n) for n in plan.pixels}
+    pool = ep.pooling_of(plan.epilogue)
+    whole = [_tile_function(e, plan, n) for n in plan.tiles]
+    chunks = [_chunk_function(e, plan, n) for n in plan.tiles] if plan.chunk else None
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
-        pool = ep.pooling_of(plan.epilogue)
-        if pool is None:
-            e.loop(begin, end, lambda item: _plain_item(e, plan, tiles, f, item))
-        else:
+        if pool is not None:
             scratch = e.at(f.scratch, e.mul(thread, f.scratch_stride))
-            _pooled_items(e, plan, tiles, f, begin, end, pool, scratch)
+            _pooled_items(e, plan, whole, f, begin, end, pool, scratch)
+        elif chunks is not None:
+            sums = e.at(f.sums, e.mul(thread, f.sums_stride))
+            e.loop(begin, end, lambda item: _chunked_item(e, plan, chunks, whole, f, item, sums))
+        else:
+            e.loop(begin, end, lambda item: _plain_item(e, plan, whole, f, item))
     return compile_kernel(e, names)
 
 
-def _place(e: Emitter, plan: DirectPlan, f: SimpleNamespace, item, rows) -> SimpleNamespace:
-    """Where work item ``item`` of ``rows`` rows per image stands."""
-    block_number, row_number = e.divmod(item, e.mul(f.batch, rows))
-    image, row = e.divmod(row_number, rows)
-    group, block = e.divmod(block_number, plan.blocks_per_group)
+# ------------------------------------------------------------------------------------ places
+
+
+def _block(e: Emitter, plan: DirectPlan, f: SimpleNamespace, number: Int) -> SimpleNamespace:
+    """Where block ``number`` of output channels stands, in image 0."""
+    group, block = e.divmod(number, plan.blocks_per_group)
     first = e.mul(block, plan.width)
     channel = e.add(e.mul(group, plan.out_channels), first)
-    place = SimpleNamespace(
-        image=image,
-        row=row,
+    at = SimpleNamespace(
         channel=channel,
-        row_number=row_number,
         valid=e.sub(plan.out_channels, first),
-        w=e.at(f.w, e.mul(block_number, f.w_block)),
-        x=e.at(f.x, e.add(e.mul(image, f.x_image), e.mul(group, f.x_group))),
+        w=e.at(f.w, e.mul(number, f.w_block)),
+        x=e.at(f.x, e.mul(group, f.x_group)),
+        out=e.at(f.out, channel),
+        residual=e.at(f.residual, channel) if ep.adds_residual(plan.epilogue) else None,
     )
     if plan.depthwise:
-        place.x = e.at(place.x, first)
-    for name in ep.parameters(plan.epilogue):
-        setattr(place, name, e.at(getattr(f, name), channel))
-    return place
+        at.x = e.at(at.x, first)
+    at.parameters = [e.at(getattr(f, name), channel) for name in ep.parameters(plan.epilogue)]
+    return at
 
 
-def _plain_item(e: Emitter, plan: DirectPlan, tiles, f: SimpleNamespace, item) -> None:
-    at = _place(e, plan, f, item, f.rows)
-    out = e.add(e.mul(at.image, f.out_image), e.mul(at.row, f.out_row))
-    _row(e, plan, tiles, f, at, at.row, e.at(f.out, e.add(out, at.channel)), f.out_pixel)
+def _row_of(e: Emitter, f: SimpleNamespace, name: str, pointer, image: Int, row: Int) -> ir.Value:
+    """The first element of a row of the map called ``name``."""
+    strides = getattr(f, f"{name}_image"), getattr(f, f"{name}_row")
+    return e.at(pointer, e.add(e.mul(image, strides[0]), e.mul(row, strides[1])))
 
 
-def _row(e: Emitter, plan: DirectPlan, tiles, f, at, y: Int, out, out_pixel: Int) -> None:
-    """One row of convolution outputs, tile after tile, into ``out``."""
-    x = e.at(at.x, e.mul(y, f.x_row))
-    extra: list[ir.Value] = [getattr(at, name) for name in ep.parameters(plan.epilogue)]
-    residual = None
-    if ep.adds_residual(plan.epilogue):
-        offset = e.add(e.mul(at.image, f.residual_image), e.mul(y, f.residual_row))
-        residual = e.at(f.residual, e.add(offset, at.channel))
-    first: Int = 0
-    for size, tile in tiles.items():
+def _tile(e: Emitter, plan: DirectPlan, f: SimpleNamespace, number: Int) -> tuple[Int, Int]:
+    """(first pixel, index of its size) of a tile of a row."""
+    if len(plan.tiles) == 1:
+        return e.mul(number, plan.tiles[0]), 0
 
-        def body(start: ir.Value, tile=tile) -> None:
-            args = [
-                e.at(x, e.mul(start, plan.pixel_step)), at.w, f.taps, f.n_taps,
-                e.at(out, e.mul(start, out_pixel)), e.i(out_pixel), at.valid, *extra,
-            ]  # fmt: skip
-            if residual is not None:
-                args += [e.at(residual, e.mul(start, f.residual_pixel)), f.residual_pixel]
-            e.b.call(tile, args)
+    def other() -> list[ir.Value]:
+        entry = e.mul(e.sub(number, f.wide), 2)
+        return [e.load(I64, f.tail, e.add(entry, i)) for i in range(2)]
 
-        whole = e.divmod(e.sub(f.cols, first), size)[0]
-        stop = e.add(first, e.mul(whole, size))
-        e.loop(first, stop, body, step=size)
-        first = stop
+    wide = e.less(number, f.wide)
+    pixel, size = e.choose(wide, lambda: [e.mul(number, plan.tiles[0]), I64(0)], other)
+    return pixel, size
 
 
-def _tile_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
-    """tile(x, w, taps, n_taps, out, out_pixel, valid, parameters..., residual, its pixel)."""
-    names = ["x", "w", "taps", "n_taps", "out", "out_pixel", "valid"]
-    names += ep.parameters(plan.epilogue)
-    kinds = [PTR, PTR, PTR, I64, PTR, I64, I64] + [PTR] * (len(names) - 7)
-    if ep.adds_residual(plan.epilogue):
-        names, kinds = names + ["residual", "residual_pixel"], kinds + [PTR, I64]
-    with e.function(f"tile_{pixels}", kinds) as (fn, args):
-        a = SimpleNamespace(**dict(zip(names, args, strict=True)))
-        masks = _masks(e, plan, a.valid)
-        steps, start = plan.epilogue, [e.zero] * plan.blocks
-        if steps and isinstance(steps[0], Bias):  # a bias that comes first is where the sum starts
-            start = [e.vload(a.bias, j * e.lanes, masks[j]) for j in range(plan.blocks)]
-            steps = steps[1:]
-        sums = _sum_taps(e, plan, a, start * pixels, pixels, masks)
-        _store_tile(e, plan, a, steps, sums, pixels, masks)
-    return fn
+def _by_size(e: Emitter, functions: Sequence[ir.Function], size: Int, args, first: int = 0) -> None:
+    """Call the function made for the size of a tile, given by index."""
+
+    def call() -> None:
+        e.b.call(functions[0], args)
+
+    if len(functions) == 1:
+        call()
+        return
+    others = functions[1:]
+    e.choose(e.equal(size, first), call, lambda: _by_size(e, others, size, args, first + 1))
 
 
-def _masks(e: Emitter, plan: DirectPlan, valid: ir.Value) -> list[ir.Value | None]:
-    """Per vector of channels, its lanes that exist; None where all do."""
-    if plan.out_channels % plan.width == 0:
-        return [None] * plan.blocks
-    return [e.lane_mask(e.sub(valid, j * e.lanes)) for j in range(plan.blocks)]
+def _each_tile(
+    e: Emitter, f: SimpleNamespace, first: Int, count: Int, visit: Callable[..., None]
+) -> None:
+    """``visit(i, image, row, tile)`` for tiles ``first + i`` of the list of all rows' tiles."""
+    number, tile = e.divmod(first, f.tiles)
+    image, row = e.divmod(number, f.rows)
+
+    def body(i: Int, image: Int, row: Int, tile: Int) -> list[ir.Value]:
+        visit(i, image, row, tile)
+        following = e.add(tile, 1)
+        ends = e.equal(following, f.tiles)
+        row = e.b.select(ends, e.add(row, 1), row)
+        last = e.equal(row, f.rows)
+        return [
+            e.b.select(last, e.add(image, 1), image),
+            e.b.select(last, I64(0), row),
+            e.b.select(ends, I64(0), following),
+        ]
+
+    e.loop(0, e.i(count), body, [image, row, tile])
 
 
-def _sum_taps(e: Emitter, plan: DirectPlan, a, start: Sequence[ir.Value], pixels: int, masks):
-    """The register tile's sums over all taps and channels, ``sums[p * blocks + j]``."""
-    width, blocks = plan.width, plan.blocks
-
-    def products(x, w, channels: int, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        sums = list(sums)
-        for c in range(channels):
-            weights = [e.vload(w, c * width + j * e.lanes) for j in range(blocks)]
-            for p in range(pixels):
-                where = p * plan.pixel_step + c
-                value = None if plan.depthwise else e.broadcast(x, where)
-                for j in range(blocks):
-                    v = e.vload(x, where + j * e.lanes, masks[j]) if value is None else value
-                    sums[p * blocks + j] = e.fma(v, weights[j], sums[p * blocks + j])
-        return sums
-
-    def tap(t: Int, *sums: ir.Value) -> list[ir.Value]:
-        x = e.at(a.x, e.load(I64, a.taps, t))
-        w = e.at(a.w, e.mul(t, plan.channels * width))
-        whole = plan.channels - plan.channels % UNROLL
-
-        def chunk(c: Int, *sums: ir.Value) -> list[ir.Value]:
-            return products(e.at(x, c), e.at(w, e.mul(c, width)), UNROLL, sums)
-
-        sums = tuple(e.loop(0, whole, chunk, sums, step=UNROLL))
-        rest = plan.channels - whole
-        return products(e.at(x, whole), e.at(w, whole * width), rest, sums)
-
-    return e.loop(0, a.n_taps, tap, start)
+# ------------------------------------------------------------------------------------- items
 
 
-def _store_tile(e: Emitter, plan: DirectPlan, a, steps, sums, pixels: int, masks) -> None:
-    for j in range(plan.blocks):
-        offset = j * e.lanes
-        per_channel = ep.load_parameters(e, steps, a, offset, masks[j])
+def _item(e: Emitter, plan: DirectPlan, f: SimpleNamespace, item) -> tuple:
+    """(block, first tile, number of tiles) of a work item."""
+    outer, inner = e.divmod(item, f.inside)
+    blocks_inside = e.equal(f.blocks_inside, 1)
+    block = e.b.select(blocks_inside, inner, outer)
+    first = e.mul(e.b.select(blocks_inside, outer, inner), f.run)
+    total = e.mul(e.mul(f.batch, f.rows), f.tiles)
+    return _block(e, plan, f, block), first, e.min(f.run, e.sub(total, first))
 
-        def residual(p: int, offset: int = offset, mask=masks[j]) -> ir.Value:
-            return e.vload(e.at(a.residual, e.mul(a.residual_pixel, p)), offset, mask)
 
-        values = ep.finish(e, steps, list(sums[j :: plan.blocks]), per_channel, residual)
-        for p, value in enumerate(values):
-            e.vstore(value, e.at(a.out, e.mul(a.out_pixel, p)), offset, masks[j])
+def _plain_item(e: Emitter, plan: DirectPlan, whole, f: SimpleNamespace, item) -> None:
+    at, first, count = _item(e, plan, f, item)
+
+    def visit(_: Int, image: Int, row: Int, tile: Int) -> None:
+        pixel, kind = _tile(e, plan, f, tile)
+        x = e.at(_row_of(e, f, "x", at.x, image, row), e.mul(pixel, plan.pixel_step))
+        out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
+        args = [x, at.w, f.taps, f.n_taps, out, f.out_pixel, at.valid, *at.parameters]
+        args += _residual(e, plan, f, at, image, row, pixel)
+        _by_size(e, whole, kind, args)
+
+    _each_tile(e, f, first, count, visit)
+
+
+def _residual(e: Emitter, plan: DirectPlan, f, at, image: Int, row: Int, pixel: Int) -> list:
+    """The tile functions' last arguments."""
+    if at.residual is None:
+        return []
+    start = _row_of(e, f, "residual", at.residual, image, row)
+    return [e.at(start, e.mul(pixel, f.residual_pixel)), f.residual_pixel]
+
+
+def _chunked_item(e: Emitter, plan: DirectPlan, chunks, whole, f, item, sums) -> None:
+    at, first, count = _item(e, plan, f, item)
+    tile_size, size = plan.tiles[0] * plan.width, plan.chunk * plan.width
+    e.zero_fill(sums, e.mul(count, tile_size))
+
+    def tap(t: Int) -> None:
+        offset = e.load(I64, f.taps, t)
+
+        def chunk(c: Int) -> None:
+            w = e.at(at.w, e.mul(e.add(e.mul(t, plan.channels), c), plan.width))
+            channels = e.min(plan.chunk, e.sub(plan.channels, c))
+
+            def visit(i: Int, image: Int, row: Int, tile: Int) -> None:
+                pixel, kind = _tile(e, plan, f, tile)
+                x = e.at(_row_of(e, f, "x", at.x, image, row), e.mul(pixel, plan.pixel_step))
+                # The first NB tiles prefetch a part of the next chunk each, the others nothing new.
+                part = e.add(size, e.mul(i, size // plan.blocks))
+                ahead = e.at(w, e.b.select(e.less(i, plan.blocks), e.i(part), I64(0)))
+                x, place = e.at(x, e.add(offset, c)), e.at(sums, e.mul(i, tile_size))
+                _by_size(e, chunks, kind, [e.i(channels), x, w, place, ahead])
+
+            _each_tile(e, f, first, count, visit)
+
+        e.loop(0, plan.channels, chunk, step=plan.chunk)
+
+    def finish(i: Int, image: Int, row: Int, tile: Int) -> None:
+        pixel, kind = _tile(e, plan, f, tile)
+        out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
+        args = [e.at(sums, e.mul(i, tile_size)), out, f.out_pixel, at.valid, *at.parameters]
+        _by_size(e, whole, kind, args + _residual(e, plan, f, at, image, row, pixel))
+
+    e.loop(0, f.n_taps, tap)
+    _each_tile(e, f, first, count, finish)
 
 
 def scratch_rows(plan: DirectPlan) -> int:
@@ -244,18 +278,19 @@ def _pooled_items(e: Emitter, plan: DirectPlan, tiles, f, begin, end, pool, scra
         return e.at(scratch, e.mul(e.divmod(y, ring)[1], row_size))
 
     def body(item: ir.Value, done: ir.Value) -> list[ir.Value]:
-        at = _place(e, plan, f, item, f.pool_rows)
-        top = e.sub(e.mul(at.row, pool.rows.stride), pool.rows.low)
+        block, number = e.divmod(item, e.mul(f.batch, f.pool_rows))
+        image, row = e.divmod(number, f.pool_rows)
+        at = _block(e, plan, f, block)
+        top = e.sub(e.mul(row, pool.rows.stride), pool.rows.low)
         needed = e.max(top, 0)
         # A new image (row 0) or this thread's first item starts with an empty ring.
-        fresh = e.b.or_(e.equal(at.row, 0), e.equal(item, begin))
+        fresh = e.b.or_(e.equal(row, 0), e.equal(item, begin))
         first = e.b.select(fresh, needed, e.max(done, needed))
         last = e.min(e.add(top, ring), f.rows)
-        e.loop(first, last, lambda y: _row(e, plan, tiles, f, at, y, slot(y), plan.width))
-        out = e.add(e.mul(at.image, f.out_image), e.mul(at.row, f.out_row))
-        sink = pooling.Sink(e.at(f.out, e.add(out, at.channel)), f.out_pixel)
+        e.loop(first, last, lambda y: _ring_row(e, plan, tiles, f, at, image, y, slot(y)))
+        sink = pooling.Sink(_row_of(e, f, "out", at.out, image, row), f.out_pixel)
         if plan.winners:
-            where = e.add(e.mul(at.image, f.winners_image), e.mul(at.row, f.winners_row))
+            where = e.add(e.mul(image, f.winners_image), e.mul(row, f.winners_row))
             size = pooling.winner_type(pool).width // 8
             sink.winners = e.at_byte(f.winners, e.mul(e.add(where, at.channel), size))
             sink.winners_pixel = f.winners_pixel
@@ -265,3 +300,127 @@ def _pooled_items(e: Emitter, plan: DirectPlan, tiles, f, begin, end, pool, scra
         return [e.max(first, last)]
 
     e.loop(begin, end, body, [I64(0)])
+
+
+def _ring_row(e: Emitter, plan: DirectPlan, whole, f, at, image: Int, row: Int, slot) -> None:
+    """One row of convolution outputs into its slot of the ring."""
+    x = _row_of(e, f, "x", at.x, image, row)
+
+    def visit(tile: Int) -> None:
+        pixel, kind = _tile(e, plan, f, tile)
+        args = [
+            e.at(x, e.mul(pixel, plan.pixel_step)), at.w, f.taps, f.n_taps,
+            e.at(slot, e.mul(pixel, plan.width)), I64(plan.width), at.valid, *at.parameters,
+        ]  # fmt: skip
+        _by_size(e, whole, kind, args + _residual(e, plan, f, at, image, row, pixel))
+
+    e.loop(0, f.tiles, visit)
+
+
+# ------------------------------------------------------------------------------------- tiles
+
+
+def _tile_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
+    """The function that fills one tile of the output.
+
+    tile(x, w, taps, n_taps, out, out_pixel, valid, parameters..., residual, its pixel); in chunks:
+    tile(sums, out, ...).
+    """
+    head = ["sums"] if plan.chunk else ["x", "w", "taps", "n_taps"]
+    names = [*head, "out", "out_pixel", "valid", *ep.parameters(plan.epilogue)]
+    if ep.adds_residual(plan.epilogue):
+        names += ["residual", "residual_pixel"]
+    integers = ("n_taps", "out_pixel", "valid", "residual_pixel")
+    kinds = [I64 if name in integers else PTR for name in names]
+    with e.function(f"tile_{pixels}", kinds) as (fn, args):
+        a = SimpleNamespace(**dict(zip(names, args, strict=True)))
+        masks = _masks(e, plan, a.valid)
+        steps, start = plan.epilogue, [e.zero] * plan.blocks
+        if plan.chunk:
+            sums = [e.vload(a.sums, i * e.lanes) for i in range(pixels * plan.blocks)]
+        else:
+            if steps and isinstance(steps[0], Bias):  # then it is where the sum starts
+                start = [e.vload(a.bias, j * e.lanes, masks[j]) for j in range(plan.blocks)]
+                steps = steps[1:]
+            sums = _sum_taps(e, plan, a, start * pixels, pixels, masks)
+        _store_tile(e, plan, a, steps, sums, pixels, masks)
+    return fn
+
+
+def _chunk_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
+    """chunk(channels, x, w, sums, ahead): add the products of some channels of one tap."""
+    with e.function(f"chunk_{pixels}", [I64, PTR, PTR, PTR, PTR]) as (fn, args):
+        channels, x, w, where, ahead = args
+        count = pixels * plan.blocks
+
+        def some(c: Int, *sums: ir.Value) -> list[ir.Value]:
+            for i in range(UNROLL):
+                e.prefetch(ahead, e.mul(e.add(c, i), e.lanes))
+            here = e.at(w, e.mul(c, plan.width))
+            return _products(e, plan, e.at(x, c), here, UNROLL, sums, pixels)
+
+        sums = [e.vload(where, i * e.lanes) for i in range(count)]
+        for i, value in enumerate(e.loop(0, channels, some, sums, step=UNROLL)):
+            e.vstore(value, where, i * e.lanes)
+    return fn
+
+
+def _masks(e: Emitter, plan: DirectPlan, valid: ir.Value) -> list[ir.Value | None]:
+    """Per vector of channels, its lanes that exist; None where all do."""
+    if plan.out_channels % plan.width == 0:
+        return [None] * plan.blocks
+    return [e.lane_mask(e.sub(valid, j * e.lanes)) for j in range(plan.blocks)]
+
+
+def _products(
+    e: Emitter, plan: DirectPlan, x, w, channels: int, sums: Sequence[ir.Value], pixels: int
+) -> list[ir.Value]:
+    """``sums[p * NB + j]`` plus the products of ``channels`` inputs at ``x``."""
+    sums, blocks = list(sums), plan.blocks
+    for c in range(channels):
+        weights = [e.vload(w, c * plan.width + j * e.lanes) for j in range(blocks)]
+        for p in range(pixels):
+            value = e.broadcast(x, p * plan.pixel_step + c)
+            for j in range(blocks):
+                sums[p * blocks + j] = e.fma(value, weights[j], sums[p * blocks + j])
+    return sums
+
+
+def _sum_taps(e: Emitter, plan: DirectPlan, a, start: Sequence[ir.Value], pixels: int, masks):
+    """The register tile's sums over all taps and channels, ``sums[p * blocks + j]``."""
+
+    def lanewise(x, w, sums: Sequence[ir.Value]) -> list[ir.Value]:
+        weights = [e.vload(w, j * e.lanes) for j in range(plan.blocks)]
+        where = [(p, j) for p in range(pixels) for j in range(plan.blocks)]
+        values = [e.vload(x, p * plan.pixel_step + j * e.lanes, masks[j]) for p, j in where]
+        return [e.fma(v, weights[j], s) for v, (_, j), s in zip(values, where, sums, strict=True)]
+
+    def tap(t: Int, *sums: ir.Value) -> list[ir.Value]:
+        x = e.at(a.x, e.load(I64, a.taps, t))
+        w = e.at(a.w, e.mul(t, plan.channels * plan.width))
+        if plan.depthwise:
+            return lanewise(x, w, sums)
+        whole = plan.channels - plan.channels % UNROLL
+
+        def some(c: Int, *sums: ir.Value) -> list[ir.Value]:
+            here = e.at(w, e.mul(c, plan.width))
+            return _products(e, plan, e.at(x, c), here, UNROLL, sums, pixels)
+
+        sums = tuple(e.loop(0, whole, some, sums, step=UNROLL))
+        rest = e.at(w, whole * plan.width)
+        return _products(e, plan, e.at(x, whole), rest, plan.channels - whole, sums, pixels)
+
+    return e.loop(0, a.n_taps, tap, start)
+
+
+def _store_tile(e: Emitter, plan: DirectPlan, a, steps, sums, pixels: int, masks) -> None:
+    for j in range(plan.blocks):
+        offset = j * e.lanes
+        per_channel = ep.load_parameters(e, steps, a, offset, masks[j])
+
+        def residual(p: int, offset: int = offset, mask=masks[j]) -> ir.Value:
+            return e.vload(e.at(a.residual, e.mul(a.residual_pixel, p)), offset, mask)
+
+        values = ep.finish(e, steps, list(sums[j :: plan.blocks]), per_channel, residual)
+        for p, value in enumerate(values):
+            e.vstore(value, e.at(a.out, e.mul(a.out_pixel, p)), offset, masks[j])

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from ..errors import Unsupported
 from ..steps import Act, Add, Affine, Bias, Pooling, Step
+from . import vector_math as vm
 from .lanes import Emitter
 
 Value: TypeAlias = Any  # an ir.Value; llvmlite is untyped
@@ -35,12 +36,53 @@ def _leaky_relu_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> V
     return e.b.select(e.b.fcmp_ordered(">", out, e.zero), grad, scaled)
 
 
-ACTIVATIONS: dict[str, tuple[Callable, Callable]] = {
+def _between(e: Emitter, out: Value, low: float, high: float, grad: Value) -> Value:
+    above = e.b.fcmp_ordered(">", out, e.constant(low))
+    below = e.b.fcmp_ordered("<", out, e.constant(high))
+    return e.b.select(e.b.and_(above, below), grad, e.zero)
+
+
+def _relu6_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    return _between(e, out, 0.0, 6.0, grad)
+
+
+def _hardsigmoid_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    return _between(e, out, 0.0, 1.0, e.b.fmul(grad, e.constant(1 / 6)))
+
+
+def _sigmoid_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    return e.b.fmul(grad, e.b.fmul(out, e.b.fsub(e.constant(1.0), out)))
+
+
+def _tanh_gradient(e: Emitter, out: Value, grad: Value, slope: float) -> Value:
+    return e.b.fmul(grad, e.fma(e.b.fneg(out), out, e.constant(1.0)))
+
+
+def _inline(function: Callable[[Emitter, Value], Value]) -> Callable:
+    return lambda e, v, slope: function(e, v)
+
+
+def _called(function: Callable[[Emitter, Value], Value]) -> Callable:
+    return lambda e, v, slope: e.routine(function.__name__, function, v)
+
+
+ACTIVATIONS: dict[str, tuple[Callable, Callable | None]] = {
     "identity": (lambda e, v, slope: v, lambda e, out, grad, slope: grad),
     "relu": (_relu, _relu_gradient),
     "leaky_relu": (_leaky_relu, _leaky_relu_gradient),
+    "relu6": (_inline(vm.relu6), _relu6_gradient),
+    "hardsigmoid": (_inline(vm.hardsigmoid), _hardsigmoid_gradient),
+    "hardswish": (_inline(vm.hardswish), None),
+    "sigmoid": (_called(vm.sigmoid), _sigmoid_gradient),
+    "tanh": (_called(vm.tanh), _tanh_gradient),
+    "silu": (_called(vm.silu), None),
+    "gelu": (_called(vm.gelu), None),
+    "gelu_tanh": (_called(vm.gelu_tanh), None),
 }
-"""name -> (value(e, v, slope), gradient(e, result, grad, slope)); as in neocog.activations."""
+"""name -> (value(e, v, slope), gradient(e, result, grad, slope)); as in neocog.activations.
+
+No gradient: the result does not tell it.
+"""
 
 
 def activate(e: Emitter, act: Act, v: Value) -> Value:
@@ -48,9 +90,20 @@ def activate(e: Emitter, act: Act, v: Value) -> Value:
     return ACTIVATIONS[act.name][0](e, v, act.slope)
 
 
+def has_gradient(act: Act) -> bool:
+    """Whether a kernel can tell the derivative from the activation's result."""
+    return ACTIVATIONS[act.name][1] is not None
+
+
 def activation_gradient(e: Emitter, act: Act, out: Value, grad: Value) -> Value:
-    """``grad`` times the derivative, told from the activation's result."""
-    return ACTIVATIONS[act.name][1](e, out, grad, act.slope)
+    """``grad`` times the derivative, told from the activation's result.
+
+    Unsupported where that does not tell it, see :func:`has_gradient`.
+    """
+    gradient = ACTIVATIONS[act.name][1]
+    if gradient is None:
+        raise Unsupported(f"the gradient of {act}: the result does not tell it")
+    return gradient(e, out, grad, act.slope)
 
 
 def activation_of(epilogue: Sequence[Step]) -> Act:

@@ -53,6 +53,25 @@ class Emitter:
         self.b.ret_void()
         self.b = outer
 
+    def routine(
+        self, name: str, body: Callable[[Emitter, ir.Value], ir.Value], v: ir.Value
+    ) -> ir.Value:
+        """``body(self, v)`` of a vector by a call of one function, not anew in every place.
+
+        For what is long and stands in many places: a register tile applies its activation to every
+        accumulator, and compiling that many copies takes longer than the calls ever will.
+        """
+        fn = self.module.globals.get(name)
+        if fn is None:
+            fn = ir.Function(self.module, ir.FunctionType(self.vector, [self.vector]), name)
+            fn.linkage = "internal"
+            for attribute in ("nounwind", "noinline", *self.target.attributes):
+                set.add(fn.attributes, attribute)
+            outer, self.b = self.b, ir.IRBuilder(fn.append_basic_block("entry"))
+            self.b.ret(body(self, fn.args[0]))
+            self.b = outer
+        return self.b.call(fn, [v])
+
     @contextmanager
     def kernel(self, fields: Sequence[str]):
         """Build the kernel's entry; yields (fields, begin, end, thread).
@@ -253,6 +272,12 @@ class Emitter:
         kinds = [value.type, PTR, I32, self.mask_type]
         fn = self.intrinsic(f"llvm.masked.store.v{self.lanes}{suffix}.p0", VOID, kinds)
         self.b.call(fn, [value, where, I32(align), mask])
+
+    def prefetch(self, pointer: ir.Value, offset: Int = 0) -> None:
+        """Ask for the cache line of an address that will be read; any address will do."""
+        fn = self.intrinsic("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
+        read, keep, data = I32(0), I32(3), I32(1)
+        self.b.call(fn, [self.at(pointer, offset), read, keep, data])
 
     def stack(self, words: int) -> ir.Value:
         """``words`` i64 on the stack."""

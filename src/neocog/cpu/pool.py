@@ -7,6 +7,8 @@ Padding never exists in memory: windows are clipped to the map, as PyTorch defin
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +25,10 @@ UNROLLED_TAPS = 16
 
 
 class _Max:
-    """The greatest value and which tap held it; the first of equals, a NaN before all (torch)."""
+    """The greatest value and which tap held it; the first of equals, a NaN before all (torch).
+
+    ``init`` is the state before any tap, ``combine`` adds a tap, ``whole`` takes all at once.
+    """
 
     def __init__(self, pool: Pooling, winners: bool):
         self.winners = winners
@@ -40,6 +45,21 @@ class _Max:
             tap = e.splat(e.b.trunc(e.i(code), I32))
             result.append(e.b.select(better, tap, state[1]))
         return result
+
+    def whole(self, e: Emitter, values: Sequence[ir.Value]) -> list[ir.Value]:
+        if self.winners:
+            state = [values[0], e.splat(I32(0))]
+            for code, value in enumerate(values[1:], 1):
+                state = self.combine(e, state, value, code)
+            return state
+        # A maximum is one instruction where NaN need not pass; one comparison tells it of two.
+        best, nans = values[0], []
+        for value in values[1:]:
+            best = e.b.select(e.b.fcmp_ordered(">", value, best), value, best)
+        for pair in zip(values[::2], [*values[1::2], *values[-1:]], strict=False):
+            nans.append(e.b.fcmp_unordered("uno", *pair))
+        nan = functools.reduce(e.b.or_, nans)
+        return [e.b.select(nan, e.constant(float("nan")), best)]
 
     def finish(self, e: Emitter, state, divisor: ir.Value) -> ir.Value:
         return state[0]
@@ -58,6 +78,9 @@ class _Mean:
 
     def combine(self, e: Emitter, state, value: ir.Value, code: Int) -> list[ir.Value]:
         return [e.b.fadd(state[0], value)]
+
+    def whole(self, e: Emitter, values: Sequence[ir.Value]) -> list[ir.Value]:
+        return [functools.reduce(e.b.fadd, values)]
 
     def finish(self, e: Emitter, state, divisor: ir.Value) -> ir.Value:
         return e.b.fdiv(state[0], e.splat(divisor))
@@ -225,11 +248,14 @@ def pool_row(
     """``count`` windows whose first row stands at ``top``, on ``vectors`` vectors of channels."""
     reduction = REDUCTIONS[pool.kind](pool, sink.winners is not None)
 
-    def window(o: Int, rows: Bounds, cols: Bounds) -> None:
+    def tap(kh: Int, kw: Int, start: Int) -> ir.Value:
+        y = e.add(top, e.mul(kh, pool.rows.dilation))
+        x = e.add(start, e.mul(kw, pool.cols.dilation))
+        return e.at(source.row(y), e.mul(x, source.pixel))
+
+    def clipped(rows: Bounds, cols: Bounds) -> list[ir.Value]:
         def visit(kh: Int, kw: Int, *states: ir.Value) -> list[ir.Value]:
-            y = e.add(top, e.mul(kh, pool.rows.dilation))
-            x = e.add(cols.start, e.mul(kw, pool.cols.dilation))
-            where = e.at(source.row(y), e.mul(x, source.pixel))
+            where = tap(kh, kw, cols.start)
             code, size, result = tap_code(e, pool, kh, kw), len(states) // vectors, []
             for j in range(vectors):
                 value = e.vload(where, j * e.lanes, masks[j])
@@ -237,7 +263,20 @@ def pool_row(
             return result
 
         first = tap_code(e, pool, rows.low, cols.low)
-        states = each_tap(e, rows, cols, reduction.init(e, first) * vectors, visit)
+        return each_tap(e, rows, cols, reduction.init(e, first) * vectors, visit)
+
+    def unclipped(cols: Bounds) -> list[ir.Value]:
+        taps = itertools.product(range(pool.rows.size), range(pool.cols.size))
+        places = [tap(kh, kw, cols.start) for kh, kw in taps]
+        states = []
+        for j in range(vectors):
+            values = [e.vload(where, j * e.lanes, masks[j]) for where in places]
+            states += reduction.whole(e, values)
+        return states
+
+    def window(o: Int, rows: Bounds, cols: Bounds) -> None:
+        known = isinstance(rows.high, int) and isinstance(cols.high, int)
+        states = unclipped(cols) if known else clipped(rows, cols)
         size, by = len(states) // vectors, divisor(e, pool, rows, cols)
         out = e.at(sink.out, e.mul(o, sink.out_pixel))
         for j in range(vectors):

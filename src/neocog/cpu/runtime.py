@@ -11,26 +11,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import sys
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import llvmlite.binding as llvm
 import torch
-from llvmlite import ir
 
 from ..target import Target, host
-from .lanes import I32, I64, KERNEL_TYPE, PTR, VOID, Emitter
+from . import code_cache
+from .lanes import Emitter
 
 CODEGEN_LEVEL = 2
 """LLVM code generation level; 0 spills registers (1.7 times slower kernels)."""
 
 llvm.initialize_native_target()
 llvm.initialize_native_asmprinter()
-
-_compile_lock = threading.Lock()  # LLVM contexts are not shared between threads at the same time
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,9 +39,17 @@ class Kernel:
     name: str
     fields: tuple[str, ...]
     address: int
-    engine: object
+    owner: object
     """Owns the machine code; it lives as long as the kernel does."""
-    llvm_ir: str
+    code: bytes
+    """The object file it was loaded from; empty in kernels of :func:`cached`."""
+    write_ir: Callable[[], str]
+    """Writes :attr:`llvm_ir`."""
+
+    @property
+    def llvm_ir(self) -> str:
+        """The kernel's LLVM IR as text (built anew where the machine code came from disk)."""
+        return self.write_ir()
 
     def assembly(self, target: Target) -> str:
         """The kernel's machine code as text, compiled anew (for inspection)."""
@@ -61,11 +68,27 @@ def _machine(target: Target) -> llvm.TargetMachine:
 
 
 def _parse(text: str, machine: llvm.TargetMachine) -> llvm.ModuleRef:
-    module = llvm.parse_assembly(text)
+    # A context of its own: what LLVM keeps in one (types, constants) goes with the module.
+    module = llvm.parse_assembly(text, llvm.create_context())
     module.triple = llvm.get_process_triple()
     module.data_layout = str(machine.target_data)
-    module.verify()
     return module
+
+
+@functools.cache
+def _jit() -> llvm.LLJIT:
+    """The linker that all kernels share; each is a library of its own, which can be let go."""
+    return llvm.create_lljit_compiler(_machine(host()))
+
+
+_library_number = itertools.count()
+
+
+def _link(name: str, code: bytes) -> tuple[int, object]:
+    """The address of symbol ``name`` of an object file, and what keeps it loaded."""
+    library = llvm.JITLibraryBuilder().add_object_img(code).add_current_process()
+    tracker = library.export_symbol(name).link(_jit(), f"kernel{next(_library_number)}")
+    return tracker[name], tracker
 
 
 def compile_kernel(emitter: Emitter, fields: tuple[str, ...]) -> Kernel:
@@ -75,13 +98,27 @@ def compile_kernel(emitter: Emitter, fields: tuple[str, ...]) -> Kernel:
     alone gives equally fast kernels.
     """
     text = str(emitter.module)
-    with _compile_lock:
-        machine = _machine(emitter.target)
-        module = _parse(text, machine)
-        engine = llvm.create_mcjit_compiler(module, machine)
-        engine.finalize_object()
-        address = engine.get_function_address(emitter.name)
-    return Kernel(emitter.name, fields, address, engine, text)
+    machine = _machine(emitter.target)
+    # Parsing checks the syntax, not what verify() does: a wrong type would end the process.
+    module = _parse(text, machine)
+    module.verify()
+    code = machine.emit_object(module)
+    address, owner = _link(emitter.name, code)
+    return Kernel(emitter.name, fields, address, owner, code, lambda: text)
+
+
+def cached(emit: Callable[..., Kernel], *args: Any) -> Kernel:
+    """The kernel that ``emit(*args)`` compiles, from disk if it was compiled before."""
+    key = code_cache.key(emit, args, f"O{CODEGEN_LEVEL}")
+    entry = None if key is None else code_cache.load(key)
+    if entry is None:
+        kernel = emit(*args)
+        if key is not None:
+            code_cache.store(key, code_cache.Entry(kernel.name, kernel.fields, kernel.code))
+        # Text and object file are larger than the machine code; few ask for them.
+        return replace(kernel, code=b"", write_ir=lambda: emit(*args).llvm_ir)
+    address, owner = _link(entry.name, entry.code)
+    return Kernel(entry.name, entry.fields, address, owner, b"", lambda: emit(*args).llvm_ir)
 
 
 # -------------------------------------------------------------------------------------- threads
@@ -143,66 +180,3 @@ def threading_note() -> str:
     if not openmp().parallel:
         return "serial: torch brings no GNU OpenMP here"
     return f"torch's OpenMP pool, {torch.get_num_threads()} threads (torch.set_num_threads)"
-
-
-# --------------------------------------------------------------------------------------- driver
-
-STEP_WORDS = 3
-"""A step in the program table: kernel address, work items, address of its fields."""
-HEADER_WORDS = 5
-"""The program table's head: the number of steps, then the addresses of :class:`OpenMP`."""
-
-
-@functools.cache
-def _driver() -> tuple[Callable[..., None], Kernel]:
-    """The compiled ``launch(bases, program, threads)`` that runs a program table, and its owner.
-
-    Every thread walks all steps, does its contiguous share of each step's items and waits at a
-    barrier between steps. With one thread there is no region and no barrier.
-    """
-    e = Emitter(host(), "launch")
-    with e.function("region", [PTR]) as (region, (context,)):
-        # The team may be smaller than asked for: inside another region, or under a thread limit.
-        program, count = e.load(PTR, context, 1), ir.FunctionType(I32, [])
-        number, threads = (e.call_address(e.load(I64, program, slot), count) for slot in (3, 4))
-        _walk(e, context, e.b.sext(threads, I64), e.b.sext(number, I64), parallel=True)
-    with e.function("alone", [PTR]) as (alone, (context,)):
-        _walk(e, context, I64(1), I64(0), parallel=False)
-    with e.function("launch", [PTR, PTR, I64], internal=False) as (_, (bases, program, threads)):
-        context = e.stack(2)
-        for slot, value in enumerate((bases, program)):
-            e.b.store(value, e.at_byte(context, 8 * slot))
-
-        def fork() -> None:
-            kind = ir.FunctionType(VOID, [PTR, PTR, I32, I32])
-            work = [region, context, e.b.trunc(threads, I32), I32(0)]
-            e.call_address(e.load(I64, program, 1), kind, work)
-
-        e.choose(e.less(1, threads), fork, lambda: e.b.call(alone, [context]) and None)
-    kernel = compile_kernel(e, ())
-    launch = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)(
-        kernel.address
-    )
-    return launch, kernel
-
-
-def _walk(e: Emitter, context, threads, thread, parallel: bool) -> None:
-    bases, program = e.load(PTR, context, 0), e.load(PTR, context, 1)
-
-    def step(number) -> None:
-        record = e.at_byte(program, e.mul(e.add(e.mul(number, STEP_WORDS), HEADER_WORDS), 8))
-        items = e.load(I64, record, 1)
-        begin = e.divmod(e.mul(items, thread), threads)[0]
-        end = e.divmod(e.mul(items, e.add(thread, 1)), threads)[0]
-        work = [bases, e.load(PTR, record, 2), begin, end, thread]
-        kernel = e.load(I64, record, 0)
-        e.choose(e.less(begin, end), lambda: e.call_address(kernel, KERNEL_TYPE, work) and None)
-        if parallel:
-            e.call_address(e.load(I64, program, 2), ir.FunctionType(VOID, []))
-
-    e.loop(0, e.load(I64, program, 0), step)
-
-
-def launch(bases: object, program: int, threads: int) -> None:
-    """Run the program table at address ``program`` on the buffers in ``bases`` (a ctypes array)."""
-    _driver()[0](bases, program, threads)

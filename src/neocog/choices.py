@@ -1,0 +1,71 @@
+"""Which algorithm computes a convolution of a frozen or live network: the cheapest by estimate."""
+
+from __future__ import annotations
+
+from . import convolutions, winograd_steps
+from .convolutions import Weights
+from .problem import Conv, Pool, Step
+from .program import Place, Program
+from .target import Target
+
+DIRECT = "direct"
+
+WINOGRAD = {"winograd4": 4, "winograd2": 2}
+"""Name -> m, the side of an output tile."""
+
+DIRECT_SHARE = 0.9
+"""Share of the processor's peak that direct convolution reaches on layers Winograd covers."""
+
+
+def algorithm(
+    target: Target, conv: Conv, epilogue: tuple[Step, ...] = (), exact: bool = False
+) -> str:
+    """The algorithm for ``conv``; ``exact`` keeps to sums in the order of the definition."""
+    if exact or not winograd_steps.covers(conv, epilogue) or not conv.multiply_adds:
+        return DIRECT
+    costs = {name: winograd_steps.cost(target, conv, m) for name, m in WINOGRAD.items()}
+    costs[DIRECT] = _direct_cost(target, conv)
+    return min(costs, key=lambda name: costs[name])
+
+
+def _direct_cost(target: Target, conv: Conv) -> float:
+    """In multiply-adds at the peak, like :func:`winograd_steps.cost`; whole vectors count."""
+    lanes = -(-conv.out_channels // target.lanes) * target.lanes
+    return conv.multiply_adds * lanes / conv.out_channels / DIRECT_SHARE
+
+
+def fuses_pool(
+    target: Target, conv: Conv, epilogue: tuple[Step, ...], pool: Pool, exact: bool = False
+) -> bool:
+    """Whether to pool in the epilogue; not where that would cost the faster algorithm."""
+    without = algorithm(target, conv, epilogue, exact)
+    return algorithm(target, conv, (*epilogue, pool.step), exact) == without
+
+
+def packed_elements(target: Target, conv: Conv, chosen: str) -> int:
+    """float32 elements of the packed weights."""
+    if chosen in WINOGRAD:
+        plan = winograd_steps.plan_of(target, conv, m=WINOGRAD[chosen])
+        return winograd_steps.packed_elements(plan)
+    return convolutions.packed_elements(target, conv)
+
+
+def pack(
+    p: Program, target: Target, conv: Conv, chosen: str, weights: Weights, packed: Place
+) -> None:
+    """The step that packs the weights."""
+    if chosen in WINOGRAD:
+        plan = winograd_steps.plan_of(target, conv, m=WINOGRAD[chosen])
+        winograd_steps.pack(p, target, plan, weights, packed)
+    else:
+        convolutions.pack(p, target, conv, weights, packed)
+
+
+def convolve(p: Program, target: Target, conv: Conv, chosen: str, x, packed: Place, out, epilogue,
+             extra) -> None:  # fmt: skip
+    """The steps of one convolution with its epilogue on packed weights."""
+    if chosen in WINOGRAD:
+        m = WINOGRAD[chosen]
+        winograd_steps.convolve(p, target, conv, x, packed, out, epilogue, extra, m)
+    else:
+        convolutions.convolve_packed(p, target, conv, x, packed, out, epilogue, None, extra)

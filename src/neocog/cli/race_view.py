@@ -1,0 +1,219 @@
+"""How ``neocog bench --networks`` looks: its tables, and its plot."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from ..architectures import ARCHITECTURES
+from ..contenders import ENGINES
+from ..diagnosis import cpu_name
+from ..errors import InvalidProblem
+from ..race import (
+    COMPILE,
+    FREEZE,
+    Case,
+    Race,
+    Row,
+    Settings,
+    Standing,
+    case_of,
+    command_of,
+    geometric_mean,
+    standings,
+)
+
+WIDTH = 150
+"""Columns of a table that goes into a file or a pipe."""
+
+NOTES = (
+    "ms per call, median of the rounds; float32 [N, C, H, W] in, logits out; one process per "
+    "engine, all but one of them stopped",
+    "lead: the best peer's ms / neocog-freeze's; compile's lead: inductor's ms / neocog-compile's",
+)
+
+SIZE = (7.2, 5.0)
+"""Inches of the plot, at :data:`DPI`."""
+DPI = 140
+REQUIRED, GOAL = 1.0, 1.2
+COLOURS = {1: "#0b6e99", 16: "#c8553d"}
+OTHER_COLOUR = "#7a7a7a"
+
+
+RACED = ("digits", "vgg11", "resnet18", "resnet50", "mobilenet_v2")
+"""Without a filter; the others take long, or show little more."""
+
+
+def cases(batches: Sequence[int], threads: Sequence[int], filter: str) -> list[Case]:
+    """Those whose name holds ``filter``, network by network."""
+    found = [
+        Case(name, batch, count)
+        for name in (ARCHITECTURES if filter else RACED)
+        for batch in batches
+        for count in threads
+    ]
+    return [case for case in found if filter in str(case)]
+
+
+def engines(names: str | None) -> list[str]:
+    """Names with commas between them, all without; InvalidProblem for an unknown one."""
+    found = list(ENGINES) if names is None else names.split(",")
+    for name in found:
+        if name not in ENGINES:
+            raise InvalidProblem(f"--engines {name}: expected some of {', '.join(ENGINES)}")
+    return found
+
+
+def wide_console(quiet: bool) -> Console:
+    """A console for these tables, wide enough for them where it is no terminal."""
+    console = Console(highlight=False, quiet=quiet)
+    if not console.is_terminal:
+        console.width = WIDTH
+    return console
+
+
+def show_race(
+    console: Console,
+    cases: Sequence[Case],
+    engines: Sequence[str],
+    rounds: int,
+    python: str,
+    keep: Callable[[Sequence[Row]], None],
+) -> list[Row]:
+    """Runs the cases, shows each as it is done, and hands all rows so far to ``keep``."""
+    rows: list[Row] = []
+    table = _table("networks, ms", [*engines, "lead", "compile's lead"])
+    # No refreshing thread: it would disturb what is being measured.
+    with Live(table, console=console, auto_refresh=False) as live:
+        for _, group in groupby(cases, key=lambda case: case.network):
+            with tempfile.TemporaryDirectory(prefix="neocog-race-") as folder:
+                settings = Settings(Path(folder), rounds=rounds, command=command_of(python))
+                race = Race(settings, engines)
+                for number, case in enumerate(group):
+                    new = race.run(case, cold_start=number == 0)
+                    rows += new
+                    keep(rows)
+                    table.add_row(*_time_cells(new, engines))
+                    live.refresh()
+    if not console.is_terminal:  # there a live table ends without ending its line
+        console.line()
+    _show_the_rest(console, rows, engines)
+    return rows
+
+
+def _show_the_rest(console: Console, rows: Sequence[Row], engines: Sequence[str]) -> None:
+    found = standings(rows)
+    for title, ratios in (
+        (f"best peer / {FREEZE}", [standing.lead for standing in found]),
+        (f"inductor / {COMPILE}", [standing.compile_lead for standing in found]),
+    ):
+        mean = geometric_mean(ratios)
+        if mean is not None:
+            least = min(ratio for ratio in ratios if ratio is not None)
+            console.print(f"{title}: geometric mean {mean:.2f}, least {least:.2f}")
+    for row in rows:
+        if row["what"] == "time" and row["failure"]:
+            console.print(Text(f"{case_of(row)}: {row['engine']}: {row['failure']}"))
+    console.line()
+    console.print(_memory(rows, engines))
+    console.print(_cold_starts(rows, engines))
+    for note in (cpu_name(), *NOTES, *(f"{name}: {ENGINES[name].includes}" for name in engines)):
+        console.print(Text(note, style="dim"))
+
+
+def _time_cells(rows: Sequence[Row], engines: Sequence[str]) -> list[str | Text]:
+    (standing,) = standings(rows)
+    return [
+        str(standing.case),
+        *(_time(standing, engine) for engine in engines),
+        _ratio(standing.lead),
+        _ratio(standing.compile_lead),
+    ]
+
+
+def _time(standing: Standing, engine: str) -> Text:
+    if engine not in standing.ms:
+        return Text("failed", style="red")
+    text = milliseconds(standing.ms[engine])
+    return Text(text, style="bold" if engine == standing.best_peer else "")
+
+
+def milliseconds(ms: float) -> str:
+    """At least three figures."""
+    digits = next((d for limit, d in ((0.1, 4), (1, 3), (10, 2)) if ms < limit), 1)
+    return f"{ms:.{digits}f}"
+
+
+def _ratio(ratio: float | None) -> Text:
+    if ratio is None:
+        return Text("-")
+    return Text(f"{ratio:.2f}", style="" if ratio >= REQUIRED else "red")
+
+
+def _memory(rows: Sequence[Row], engines: Sequence[str]) -> Table:
+    table = _table("memory over the built network, MB: at its peak / afterwards", engines)
+    found = [row for row in rows if row["what"] == "memory"]
+    for case, group in groupby(found, key=case_of):
+        cells = {r["engine"]: f"{r['peak_mb']:.0f} / {r['steady_mb']:.0f}" for r in group}
+        table.add_row(str(case), *(cells.get(engine, "-") for engine in engines))
+    return table
+
+
+def _cold_starts(rows: Sequence[Row], engines: Sequence[str]) -> Table:
+    table = _table(
+        "cold start, s: preparing a built or converted network and its first call", engines
+    )
+    found = [row for row in rows if row["what"] == "cold start"]
+    for (case, cache), group in groupby(found, key=lambda row: (case_of(row), row["cache"])):
+        cells = {r["engine"]: f"{r['prepare_s'] + r['first_call_s']:.2f}" for r in group}
+        name = f"{case}, {cache} cache"
+        table.add_row(name, *(cells.get(engine, "-") for engine in engines))
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Table:
+    table = Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+        show_edge=False,
+    )
+    table.add_column("network", overflow="fold")
+    for name in columns:
+        table.add_column(name.replace("-", " "), justify="right")
+    return table
+
+
+def plot(rows: Sequence[Row]) -> bytes:
+    """How many times faster than the best peer ``neocog.freeze`` is, case by case: a PNG file."""
+    # matplotlib takes half a second to import, which no other command should wait for
+    from matplotlib.figure import Figure
+
+    found = [(s.case, s.lead, s.best_peer) for s in standings(rows) if s.lead is not None]
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    for place, (case, lead, peer) in enumerate(found):
+        axes.barh(place, lead, color=COLOURS.get(case.batch, OTHER_COLOUR))
+        label = f"{lead:.2f} over {peer}"
+        axes.annotate(label, (lead, place), (4, 0), textcoords="offset points", va="center")
+    for value, style in ((REQUIRED, "-"), (GOAL, ":")):
+        axes.axvline(value, color="black", linestyle=style, linewidth=0.8)
+    axes.set_yticks(range(len(found)), [str(case) for case, _, _ in found])
+    axes.invert_yaxis()
+    axes.margins(x=0.3)
+    axes.set(xlabel=f"time of the best peer / time of {FREEZE}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()

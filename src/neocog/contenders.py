@@ -1,0 +1,372 @@
+"""One engine of the race, in a process of its own: what ``neocog.race`` starts and talks to.
+
+    python -m neocog.contenders ENGINE NETWORK BATCH THREADS FOLDER
+
+builds the network with fixed weights and then answers requests, one JSON object a line:
+
+    {"do": "convert"}               writes the engine's own file of the network into FOLDER
+    {"do": "reference"}             writes the float64 result of PyTorch eager into FOLDER
+    {"do": "prepare"}               {"prepare_s", "first_call_s"}
+    {"do": "check"}                 {"error": max|out - reference| / max|reference|}
+    {"do": "time", "seconds": s}    {"ms": median of the calls of about s seconds, "calls": n}
+    {"do": "memory"}                {"peak_mb", "steady_mb"} over the built network
+
+An answer is {"ok": true, ...}, or {"ok": false, "reason": "..."}. It ends when stdin does. Whatever
+libraries print goes to stderr. Every engine is given the same float32 [N, C, H, W] tensor (or a
+NumPy array on the same memory) at each call and returns logits [N, classes].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .architectures import ARCHITECTURES, randomise_batch_norms
+
+Run = Callable[[], Any]
+"""One call: logits as a Tensor or as an array."""
+
+SEED = 0
+
+LONG_CALL = 0.25
+"""Seconds from which on a call warms the caches for itself."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Who computes what."""
+
+    engine: str
+    network: str
+    batch: int
+    threads: int
+    folder: Path
+
+    def arguments(self) -> list[str]:
+        """As :func:`main` reads them."""
+        numbers = (self.batch, self.threads, self.folder)
+        return [self.engine, self.network, *map(str, numbers)]
+
+    def file(self, suffix: str, batch: int | None = None) -> Path:
+        """The network converted for a batch (by default this task's), the same for all threads."""
+        return self.folder / f"{self.network}_{self.batch if batch is None else batch}{suffix}"
+
+
+@dataclass(frozen=True)
+class Engine:
+    """How one engine computes a network.
+
+    ``convert`` is done once for all children and is not part of the cold start; ``prepare``
+    returns one call. ``includes`` says what the time of a call contains.
+    """
+
+    prepare: Callable[[Task, nn.Module, Tensor], Run]
+    includes: str
+    convert: Callable[[Task, nn.Module, Tensor], None] | None = None
+
+
+# ------------------------------------------------------------------------------------- PyTorch
+
+
+def _eager(task: Task, model: nn.Module, x: Tensor) -> Run:
+    return lambda: model(x)
+
+
+def _channels_last(task: Task, model: nn.Module, x: Tensor) -> Run:
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return lambda: model(x.contiguous(memory_format=torch.channels_last))
+
+
+def _inductor(task: Task, model: nn.Module, x: Tensor) -> Run:
+    compiled = torch.compile(model)
+    return lambda: compiled(x)
+
+
+def _inductor_frozen(task: Task, model: nn.Module, x: Tensor) -> Run:
+    import torch._inductor.config
+
+    torch._inductor.config.freezing = True
+    return _inductor(task, model, x)
+
+
+def _neocog_freeze(task: Task, model: nn.Module, x: Tensor) -> Run:
+    from .freezing import freeze
+
+    frozen = freeze(model, x)
+    return lambda: frozen(x)
+
+
+def _neocog_compile(task: Task, model: nn.Module, x: Tensor) -> Run:
+    compiled = torch.compile(model, backend="neocog")
+    return lambda: compiled(x)
+
+
+# --------------------------------------------------------------------------------- other houses
+
+
+def _to_onnx(task: Task, model: nn.Module, x: Tensor) -> None:
+    # The tracing exporter: its graphs are the plainer ones (GlobalAveragePool, not ReduceMean).
+    torch.onnx.export(model, (x,), task.file(".onnx"), dynamo=False)
+
+
+def _onnx_runtime(task: Task, model: nn.Module, x: Tensor) -> Run:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = task.threads
+    options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(
+        task.file(".onnx"), options, providers=["CPUExecutionProvider"]
+    )
+    given = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, given)[0]
+
+
+def _to_openvino(task: Task, model: nn.Module, x: Tensor) -> None:
+    import openvino
+
+    graph = openvino.convert_model(model, example_input=x, input=[list(x.shape)])
+    openvino.save_model(graph, task.file(".xml"), compress_to_fp16=False)
+
+
+def _openvino(task: Task, model: nn.Module, x: Tensor) -> Run:
+    import openvino
+
+    settings = {
+        "INFERENCE_NUM_THREADS": task.threads,
+        "NUM_STREAMS": 1,
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": "f32",
+    }
+    request = openvino.compile_model(task.file(".xml"), "CPU", settings).create_infer_request()
+    given = x.numpy()
+    return lambda: request.infer([given], share_inputs=True)[0]
+
+
+def _to_ncnn(task: Task, model: nn.Module, x: Tensor) -> None:
+    import subprocess
+
+    import pnnx
+
+    traced = task.file(".pt", batch=1)
+    torch.jit.trace(model, x[:1]).save(traced)
+    # The tool itself: pnnx.export also writes and runs a Python file of the network, which fails
+    # on modules whose names are numbers.
+    shape = ",".join(map(str, (1, *x.shape[1:])))
+    command = [pnnx.EXEC_PATH, str(traced), f"inputshape=[{shape}]f32", "fp16=0"]
+    subprocess.run(command, cwd=task.folder, check=True, stdout=sys.stderr)
+
+
+def _ncnn(task: Task, model: nn.Module, x: Tensor) -> Run:
+    import ncnn
+
+    net = ncnn.Net()
+    net.opt.num_threads = task.threads
+    for half in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
+        setattr(net.opt, f"use_{half}", False)
+    for load, suffix in ((net.load_param, ".ncnn.param"), (net.load_model, ".ncnn.bin")):
+        if load(str(task.file(suffix, batch=1))) != 0:
+            raise RuntimeError(f"ncnn cannot load {task.file(suffix, batch=1).name}")
+    pictures = [ncnn.Mat(picture) for picture in x.numpy()]
+
+    def run() -> np.ndarray:
+        found = []
+        for picture in pictures:
+            extractor = net.create_extractor()
+            extractor.input("in0", picture)
+            found.append(np.array(extractor.extract("out0")[1]))
+        return np.stack(found)
+
+    return run
+
+
+def _to_litert(task: Task, model: nn.Module, x: Tensor) -> None:
+    import litert_torch
+
+    litert_torch.convert(model, (x,)).export(str(task.file(".tflite")))
+
+
+def _litert(task: Task, model: nn.Module, x: Tensor) -> Run:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(task.file(".tflite")), num_threads=task.threads)
+    interpreter.allocate_tensors()
+    (given,), (result,) = interpreter.get_input_details(), interpreter.get_output_details()
+    pictures = x.numpy()
+
+    def run() -> np.ndarray:
+        interpreter.set_tensor(given["index"], pictures)
+        interpreter.invoke()
+        return interpreter.get_tensor(result["index"])
+
+    return run
+
+
+ENGINES: dict[str, Engine] = {
+    "eager": Engine(_eager, "PyTorch's modules on the contiguous tensor"),
+    "eager-channels-last": Engine(
+        _channels_last, "weights in channels_last; the copy of the input into it is timed"
+    ),
+    "inductor": Engine(_inductor, "torch.compile with its guards"),
+    "inductor-frozen": Engine(
+        _inductor_frozen, "torch.compile with torch._inductor.config.freezing, with its guards"
+    ),
+    "onnxruntime": Engine(_onnx_runtime, "session.run from a NumPy array to a new one", _to_onnx),
+    "openvino": Engine(
+        _openvino, "infer on a shared input, the result copied out of the request", _to_openvino
+    ),
+    "ncnn": Engine(
+        _ncnn, "one extractor per picture, one after the other; results copied out", _to_ncnn
+    ),
+    "litert": Engine(
+        _litert, "set_tensor, invoke, get_tensor: input and result are copied", _to_litert
+    ),
+    "neocog-freeze": Engine(_neocog_freeze, "neocog.freeze(model, x), from tensor to new tensor"),
+    "neocog-compile": Engine(
+        _neocog_compile, 'torch.compile(backend="neocog") with its guards and checks of weights'
+    ),
+}
+
+
+# --------------------------------------------------------------------------------- the answers
+
+
+class Contender:
+    """Answers the requests for one task."""
+
+    def __init__(self, task: Task) -> None:
+        torch.set_num_threads(task.threads)
+        found = ARCHITECTURES[task.network]
+        self.task = task
+        self.engine = ENGINES[task.engine]
+        torch.manual_seed(SEED)
+        self.model = randomise_batch_norms(found.make(), SEED).eval()
+        self.x = torch.randn(task.batch, *found.in_shape)
+        self.base = 0
+        self.run: Run = lambda: self.x
+
+    def convert(self) -> dict[str, Any]:
+        """Seconds it took to write the engine's own file."""
+        start = time.perf_counter()
+        if self.engine.convert is not None:
+            self.engine.convert(self.task, self.model, self.x)
+        return {"convert_s": time.perf_counter() - start}
+
+    def reference(self) -> dict[str, Any]:
+        """The float64 result, into the task's folder."""
+        np.save(self.task.file(".npy"), self.model.double()(self.x.double()).numpy())
+        return {}
+
+    def prepare(self) -> dict[str, Any]:
+        """Seconds until there is something to call, and of its first call."""
+        self.base = _memory("VmRSS")
+        _forget_peak()
+        start = time.perf_counter()
+        self.run = self.engine.prepare(self.task, self.model, self.x)
+        ready = time.perf_counter()
+        self.run()
+        return {"prepare_s": ready - start, "first_call_s": time.perf_counter() - ready}
+
+    def check(self) -> dict[str, Any]:
+        """How far the result is from the reference."""
+        expected = np.load(self.task.file(".npy"))
+        out = np.asarray(self.run())
+        if out.shape != expected.shape or out.dtype != np.float32:
+            raise RuntimeError(
+                f"returned {out.dtype} {out.shape}, expected float32 {expected.shape}"
+            )
+        if not np.isfinite(out).all():
+            raise RuntimeError("returned NaN or infinities")
+        return {"error": float(np.abs(out - expected).max() / np.abs(expected).max())}
+
+    def time(self, seconds: float) -> dict[str, Any]:
+        """The median call among those of about so many seconds, one at least."""
+        taken = _seconds(self.run)
+        if taken < LONG_CALL:  # else it counts, for it has warmed the caches for itself
+            taken = _seconds(self.run)
+        calls = [taken, *(_seconds(self.run) for _ in range(int(seconds / taken)))]
+        return {"ms": 1e3 * statistics.median(calls), "calls": len(calls)}
+
+    def memory(self) -> dict[str, Any]:
+        """Growth of resident memory over the built network: at its peak, and now."""
+        grown = {"peak_mb": _memory("VmHWM"), "steady_mb": _memory("VmRSS")}
+        return {name: max(0, kib - self.base) / 1024 for name, kib in grown.items()}
+
+
+def _seconds(run: Run) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _memory(field: str) -> int:
+    """KiB, from Linux."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1])
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def serve(contender: Contender, requests: TextIO, answers: TextIO) -> None:
+    """Answers one request after the other, until nobody asks any more."""
+    for line in requests:
+        request = json.loads(line)
+        name = request.pop("do")
+        try:
+            with torch.inference_mode():
+                answer = {"ok": True, **getattr(contender, name)(**request)}
+        except Exception as error:  # whatever goes wrong in an engine is a row of the race
+            answer = failed(error)
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+def failed(error: Exception) -> dict[str, Any]:
+    """The answer that says why there is none, in one line."""
+    lines = str(error).strip().splitlines() or ["(no message)"]
+    return {"ok": False, "reason": f"{type(error).__name__}: {lines[0]}"[:300]}
+
+
+def _end_with_the_parent() -> None:
+    """Else a conductor that is killed would leave stopped processes behind for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _answers_apart() -> Iterator[TextIO]:
+    """Our stdout for answers alone; what others print to it, in C too, goes to stderr."""
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)
+        yield answers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The process: see the module's docstring."""
+    engine, network, batch, threads, folder = sys.argv[1:] if arguments is None else arguments
+    task = Task(engine, network, int(batch), int(threads), Path(folder))
+    _end_with_the_parent()
+    with _answers_apart() as answers:
+        serve(Contender(task), sys.stdin, answers)
+
+
+if __name__ == "__main__":
+    main()

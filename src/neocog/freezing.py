@@ -1,0 +1,98 @@
+"""neocog.freeze: a model whose weights will not change, compiled for good."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Captured, capture
+from .errors import InvalidModel, Unsupported
+from .parameters import Parameters
+from .running import Plan, layout_of
+from .target import host
+
+PLANS_KEPT = 16
+"""Shapes of arguments whose programs a frozen model keeps."""
+
+
+class Frozen:
+    """What :func:`freeze` returns: call it like the model."""
+
+    def __init__(self, model: nn.Module, example: Sequence[Tensor], exact: bool = False):
+        self.model, self.exact = model, exact
+        tensors = [*model.named_parameters(), *model.named_buffers()]
+        self._names = {id(t): name for name, t in tensors}
+        self._parameters = Parameters({name: t for name, t in tensors}, host())
+        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self.plan_for(example)
+
+    @property
+    def plans(self) -> list[Plan]:
+        """The plans of the shapes it has met, oldest first."""
+        return list(self._plans.values())
+
+    def plan_for(self, args: Sequence[Tensor]) -> Plan:
+        """The plan for arguments of these shapes and layouts; made when they are new."""
+        layout = layout_of(args)
+        key = (layout, *((a.shape, a.dtype) for a in args))
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._make(args, layout)
+            while len(self._plans) > PLANS_KEPT:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return plan
+
+    def _make(self, args: Sequence[Tensor], layout: str) -> Plan:
+        if any(m.training for m in self.model.modules()):
+            raise InvalidModel("model is in training mode; call model.eval() before neocog.freeze")
+        captured = self._capture(args)
+        # Tensors a model makes for itself have no name; they are the captured call's own.
+        known = self._parameters.tensors
+        extra = {n: t for n, t in captured.parameters.items() if n not in known}
+        parameters = self._parameters
+        if extra:
+            parameters = Parameters({**known, **extra}, self._parameters.target)
+        return Plan.of(captured, layout, parameters, self.exact)
+
+    def _capture(self, args: Sequence[Tensor]) -> Captured:
+        buffers = dict(self.model.named_buffers())
+        replaced = []
+        try:
+            captured = capture(self.model, args, self._names)
+        finally:
+            for name, tensor in list(self.model.named_buffers()):
+                if buffers.get(name) is not tensor:  # but a tensor without data
+                    owner, _, own = name.rpartition(".")
+                    setattr(self.model.get_submodule(owner), own, buffers.get(name))
+                    replaced.append(name)
+        if replaced:
+            raise Unsupported(f"the model replaces its buffers {', '.join(replaced)}")
+        return captured
+
+    def __call__(self, *args: Tensor) -> Any:
+        """The model's result."""
+        for i, a in enumerate(args):
+            if not isinstance(a, Tensor) or a.device.type != "cpu":
+                raise Unsupported(f"argument {i}: expected a tensor on the CPU, got {a!r}")
+        plan = self.plan_for(args)
+        with torch.no_grad():
+            return plan.run({f"arg{i}": a for i, a in enumerate(args)})
+
+
+def freeze(model: nn.Module, example: Tensor | Sequence[Tensor], *, exact: bool = False) -> Frozen:
+    """Compile ``model`` for inference; its weights must not change any more.
+
+    ``model``: in eval mode (InvalidModel otherwise). ``example``: an argument, or a sequence of
+    all of them: float32 tensors on the CPU of the shape the model is used with; other shapes are
+    compiled when they come. The result takes what the model takes and returns what it returns;
+    it computes no gradients. ``exact``: no Winograd, whose results differ from PyTorch's by up to
+    5e-6 of the largest value and which spreads NaN and infinity over tiles of 4x4. Layers that
+    have no kernel run in PyTorch: see ``neocog.report``. Unsupported if the model's control flow
+    depends on the values of tensors.
+    """
+    return Frozen(model, [example] if isinstance(example, Tensor) else list(example), exact)

@@ -1,0 +1,114 @@
+"""Fusion: layers that follow a convolution move into its epilogue, in the order they stand in.
+
+A node is merged into its producer if nobody else reads the producer and the merged operation has a
+kernel. The merged node stands where the later one stood: a residual is then computed already. The
+order of the steps is the model's; nothing is folded into weights, so that conv -> batch norm and
+conv -> activation -> batch norm are both an affine step, each in its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from .network import (
+    Activation,
+    Arithmetic,
+    BatchNorm,
+    Convolution,
+    Layer,
+    Linear,
+    Network,
+    Node,
+    Norm,
+    Op,
+    Pointwise,
+    Pooling,
+)
+from .problem import Act, Add, Affine, Bias, Block, Pool, Step
+from .problem import Pooling as PoolStep
+
+LARGEST_FUSED_WINDOW = 3
+"""Rows of a pool's window beyond which recomputing at the seams of threads costs too much."""
+
+PoolChoice = Callable[[Block, Pool], bool]
+
+
+def fuse(network: Network, fuses_pool: PoolChoice) -> Network:
+    """The same function in fewer nodes. ``fuses_pool`` may refuse to fuse a pool into a block."""
+    uses = network.uses()
+    made: dict[Node, Node] = {}
+    nodes: list[Node] = []
+    for node in network.nodes:
+        inputs = tuple(made[source] for source in node.inputs)
+        op, merged = _alone(node.op), None
+        for k in reversed(range(len(inputs))):  # the later input is usually the longer branch
+            if len(uses[node.inputs[k]]) != 1:
+                continue
+            merged = _merge(inputs[k], node, inputs[:k] + inputs[k + 1 :], fuses_pool)
+            if merged is not None:
+                nodes.remove(inputs[k])
+                op, inputs = merged, (*inputs[k].inputs, *inputs[:k], *inputs[k + 1 :])
+                break
+        made[node] = Node(op, inputs, node.shape, node.name if merged is None else _name(op))
+        nodes.append(made[node])
+    return Network(nodes, [made[node] for node in network.outputs])
+
+
+def _name(op: Op) -> str:
+    return type(op).__name__.lower()
+
+
+def _alone(op: Op) -> Op:
+    match op:
+        case Convolution(conv, weight, bias):
+            return Layer(Block(conv, (Bias(),) if bias else ()), weight, bias)
+        case BatchNorm(norm):
+            return Pointwise("copy", (Affine(),), norm)
+        case Activation(act):
+            return Pointwise("copy", (act,))
+        case Arithmetic(kind):
+            return Pointwise(kind, ())
+    return op
+
+
+def _merge(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> Op | None:
+    """The producer's operation with that of ``node`` behind it, if there is a kernel for it."""
+    match producer.op, node.op:
+        case Layer(block=Block(pool=None)), _:
+            return _merge_layer(producer, node, others, fuses_pool)
+        case Linear(act=None), Activation(act):
+            return replace(producer.op, act=act)
+        case Pointwise(steps=steps), BatchNorm(norm) if not _has(steps, Affine):
+            return replace(producer.op, steps=(*steps, Affine()), norm=norm)
+        case Pointwise(steps=steps), Activation(act) if not _has(steps, Act):
+            return replace(producer.op, steps=(*steps, act))
+    return None
+
+
+def _merge_layer(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> Op | None:
+    layer = producer.op
+    assert isinstance(layer, Layer)
+    steps = layer.block.epilogue
+    step: Step
+    norm: Norm | None = layer.norm
+    match node.op:
+        case BatchNorm(norm=own) if not _has(steps, Affine):
+            step, norm = Affine(), own
+        case Activation(act) if not _has(steps, Act):
+            step = act
+        case Arithmetic("add") if not _has(steps, Add) and others[0].shape == producer.shape:
+            step = Add()
+        case Pooling(pool) if _fits(pool.step) and fuses_pool(layer.block, pool):
+            step = pool.step
+        case _:
+            return None
+    return replace(layer, block=Block(layer.block.conv, (*steps, step)), norm=norm)
+
+
+def _has(steps: tuple[Step, ...], kind: type) -> bool:
+    return any(isinstance(step, kind) for step in steps)
+
+
+def _fits(step: PoolStep) -> bool:
+    return step.rows.span <= LARGEST_FUSED_WINDOW

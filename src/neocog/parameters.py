@@ -1,0 +1,162 @@
+"""Parameters as kernels read them: packed weights and vectors, made once or kept up to date.
+
+A frozen model packs once. A live model promises nothing about its weights: :class:`Live` compares
+a checksum of every tensor it has made something from with that of the last call, whatever has
+changed it (optimisers, ``load_state_dict``, ``.data``, NumPy, a new tensor at an old address), and
+packs again what is out of date.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import choices
+from .convolutions import Weights
+from .cpu import checksum
+from .kernels import kernel
+from .network import Norm
+from .problem import Conv
+from .program import Program
+from .stages import Packed, Vector
+from .target import Target
+
+
+@functools.lru_cache(512)
+def _packing(
+    conv: Conv, algorithm: str, strides: tuple[int, ...], target: Target
+) -> tuple[Program, int]:
+    p = Program(("w", "packed"))
+    weights = Weights.of(p.buffer("w"), strides, conv)
+    choices.pack(p, target, conv, algorithm, weights, p.buffer("packed"))
+    taps = conv.rows.size * conv.cols.size
+    p.work = conv.out_channels * conv.in_channels // conv.groups * taps
+    return p, choices.packed_elements(target, conv, algorithm)
+
+
+@dataclass
+class Parameters:
+    """Tensors by name, and what has been made from them."""
+
+    tensors: Mapping[str, Tensor]
+    target: Target
+    packed: MutableMapping[Packed, Tensor] = field(default_factory=weakref.WeakValueDictionary)
+    """Kept by the plans that use them: their order may depend on the size of the maps."""
+    affine: dict[Norm, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _lock: threading.RLock = field(default_factory=threading.RLock)
+    """Two callers must not each make their own: a live model would update one of them."""
+
+    def packed_for(self, key: Packed) -> Tensor:
+        """The weights of a layer in the order of its kernel."""
+        with self._lock:
+            made = self.packed.get(key)
+            if made is None:
+                strides = self.tensors[key.weight].stride()
+                made = torch.empty(_packing(key.conv, key.algorithm, strides, self.target)[1])
+                self.pack(key, made)
+                self.packed[key] = made
+            return made
+
+    def pack(self, key: Packed, packed: Tensor) -> None:
+        """Fill the packed weights from the tensor."""
+        weight = self.tensors[key.weight].detach()
+        program, _ = _packing(key.conv, key.algorithm, weight.stride(), self.target)
+        program.run(weight.data_ptr(), packed.data_ptr())
+
+    def vector_for(self, key: Vector) -> Tensor:
+        """A vector of parameters: itself, or the scale or shift of a batch norm."""
+        if not isinstance(key.source, Norm):
+            return self.tensors[str(key.source)].detach().contiguous()
+        with self._lock:
+            if key.source not in self.affine:
+                self.affine[key.source] = self.affine_of(key.source)
+            scale, shift = self.affine[key.source]
+        return scale if key.part == "scale" else shift
+
+    def affine_of(self, norm: Norm) -> tuple[Tensor, Tensor]:
+        """scale = weight / sqrt(var + eps), shift = bias - mean * scale, computed in float64."""
+        get = self.tensors
+        mean, var = get[norm.mean].detach().double(), get[norm.var].detach().double()
+        weight = get[norm.weight].detach().double() if norm.weight else torch.ones_like(mean)
+        bias = get[norm.bias].detach().double() if norm.bias else torch.zeros_like(mean)
+        scale = weight / torch.sqrt(var + norm.eps)
+        return scale.float(), (bias - mean * scale).float()
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """Frozen: nothing changes."""
+
+
+def _sources(norm: Norm) -> set[str]:
+    return {norm.mean, norm.var} | {n for n in (norm.weight, norm.bias) if n is not None}
+
+
+@dataclass
+class Live(Parameters):
+    """Parameters that may change between calls in any way."""
+
+    _sums: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the tensors of this call; make anew what was made from other contents."""
+        with self._lock:
+            self.tensors = {**self.tensors, **tensors}
+            packed = dict(self.packed)
+            watched = {key.weight for key in packed}.union(*map(_sources, self.affine))
+            sums = self._checksums(sorted(watched))
+            old_sums, self._sums = self._sums, sums
+            changed = {
+                n
+                for n, s in sums.items()
+                if n not in old_sums or not np.array_equal(s, old_sums[n])
+            }
+            for key, made in packed.items():
+                if key.weight in changed:
+                    self.pack(key, made)
+            for norm, vectors in self.affine.items():
+                if changed & _sources(norm):
+                    for old, new in zip(vectors, self.affine_of(norm), strict=True):
+                        old.copy_(new)
+
+    def _checksums(self, names: list[str]) -> dict[str, NDArray[np.int64]]:
+        dense = [_dense(self.tensors[name].detach()) for name in names]
+        program, counts = _summing(tuple(t.numel() for t in dense), self.target)
+        out = np.zeros(sum(counts), dtype=np.int64)
+        program.run(*(t.data_ptr() for t in dense), out.ctypes.data)
+        parts = np.split(out, np.cumsum(counts)[:-1]) if names else []
+        # The same memory read with other strides holds other weights.
+        return {
+            name: np.append(part, t.stride())
+            for name, part, t in zip(names, parts, dense, strict=True)
+        }
+
+
+def _dense(tensor: Tensor) -> Tensor:
+    """The tensor, or a copy where its elements do not fill one stretch of memory."""
+    if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
+        return tensor
+    return tensor.contiguous()
+
+
+@functools.lru_cache(64)
+def _summing(sizes: tuple[int, ...], target: Target) -> tuple[Program, list[int]]:
+    """The program that sums tensors of these sizes, and how many sums each gives."""
+    p = Program((*(f"x{i}" for i in range(len(sizes))), "out"))
+    counts, first = [], 0
+    for i, size in enumerate(sizes):
+        items = -(-size // checksum.CHUNK)
+        p.step(
+            kernel(checksum.ChecksumPlan(target)), items,
+            x=p.buffer(f"x{i}"), elements=size, out=p.buffer("out") + 2 * first,
+        )  # fmt: skip
+        counts.append(items)
+        first += items
+    p.work = sum(sizes)
+    return p, counts

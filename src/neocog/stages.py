@@ -1,0 +1,385 @@
+"""One stage of a network as a program: its steps, and the memory of its maps.
+
+Every map is NHWC with the halo that its readers need, written by its producer; scratch is shared
+out by lifetimes; concatenated maps are written straight into their place among the channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from . import choices
+from .cpu import copy, elementwise, linear
+from .cpu import epilogue as ep
+from .kernels import copy_kernel, kernel
+from .maps import NCHW, NHWC, Halo, Map, deliver, halo_of, read, scratch_map
+from .network import Concat, Flatten, Layer, Linear, Node, Pointwise
+from .network import Pooling as PoolNode
+from .pools import pool_steps
+from .problem import Bias, Conv
+from .program import Place, Program
+from .target import Target
+
+ITSELF = "itself"
+"""The part of a vector that is the parameter, unchanged."""
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The packed weights of a layer: which parameter, in the order which kernel reads."""
+
+    weight: str
+    conv: Conv
+    """For a batch of 1: the batch does not matter."""
+    algorithm: str
+
+    @classmethod
+    def of(cls, target: Target, layer: Layer, exact: bool) -> Packed:
+        """The packed weights of ``layer``."""
+        chosen = choices.algorithm(target, layer.block.conv, layer.block.epilogue, exact)
+        return cls(layer.weight, replace(layer.block.conv, batch=1), chosen)
+
+
+@dataclass(frozen=True)
+class Vector:
+    """A vector a program reads: a parameter itself, or scale or shift of a batch norm."""
+
+    source: object
+    part: str
+
+
+@dataclass
+class Native:
+    """A program, and what its call buffers are, in order."""
+
+    program: Program
+    inputs: list[Node]
+    outputs: list[Node]
+    packed: list[Packed]
+    vectors: list[Vector]
+    nodes: list[Node]
+
+
+@dataclass
+class _Home:
+    """Memory of one or several maps: released when the last reader is done."""
+
+    corner: Place | None
+    readers: int = 0
+
+
+@dataclass
+class Builder:
+    """Makes the program of some nodes; :meth:`build` once."""
+
+    nodes: list[Node]
+    uses: dict[Node, list[Node]]
+    """Who reads each node, of the whole network."""
+    target: Target
+    layout: str
+    exact: bool
+    seam: int
+    """How many of the first nodes run image by image."""
+    maps: dict[Node, Map] = field(default_factory=dict)
+    homes: dict[Node, _Home] = field(default_factory=dict)
+    delivered: set[Node] = field(default_factory=set)
+    full: dict[Node, Map] = field(default_factory=dict)
+    """Maps of the whole batch, made in iterations and read after them."""
+
+    def build(self) -> Native:
+        """The program and what its call buffers are."""
+        own = set(self.nodes)
+        self.own = own
+        inputs = list(dict.fromkeys(s for n in self.nodes for s in n.inputs if s not in own))
+        outputs = [n for n in self.nodes if any(u not in own or u is n for u in self.uses[n])]
+        self.outputs = set(outputs)
+        self.packed: dict[Packed, str] = {}
+        self.vectors: dict[Vector, str] = {}
+        for node in self.nodes:
+            self._name_parameters(node)
+        names = [f"in{i}" for i in range(len(inputs))] + [f"out{i}" for i in range(len(outputs))]
+        self.p = Program((*names, *self.packed.values(), *self.vectors.values()))
+        self.buffers = dict(zip([*inputs, *outputs], names, strict=True))
+        self.slices = self._slices()
+        self.wanted = {n: self._halo(n) for n in [*inputs, *self.nodes]}
+        batch, cut = self.nodes[0].map_shape[0], self.seam
+        self._run(self.nodes[:cut], 1, batch)
+        self._run(self.nodes[cut:], batch, 1)
+        return Native(self.p, inputs, outputs, list(self.packed), list(self.vectors), self.nodes)
+
+    def _run(self, nodes: list[Node], images: int, iterations: int) -> None:
+        """Emit nodes, ``images`` of the batch at a time."""
+        if not nodes:
+            return
+        self.images, self.iterations, self.running = images, iterations, set(nodes)
+        self.p.section(iterations)
+        self.maps.update(self.full)
+        for node in self.buffers:
+            if node not in self.own and any(u in self.running for u in self.uses[node]):
+                self._read_input(node)
+        for node in nodes:
+            self._emit(node)
+            self._after(node)
+
+    def _shape(self, node: Node) -> tuple[int, int, int, int]:
+        """The shape of a node's map in one iteration."""
+        return (self.images, *node.map_shape[1:])
+
+    def _moving(self, place: Place, image: int) -> Place:
+        """A place in memory of the whole batch, as an iteration sees it."""
+        return self.p.moving(place, image * self.images) if self.iterations > 1 else place
+
+    def _call_buffer(self, node: Node) -> Place:
+        _, channels, height, width = node.map_shape
+        return self._moving(self.p.buffer(self.buffers[node]), channels * height * width)
+
+    # ---------------------------------------------------------------- parameters
+
+    def _name_parameters(self, node: Node) -> None:
+        op = node.op
+        if isinstance(op, Layer):
+            key = Packed.of(self.target, op, self.exact)
+            self.packed.setdefault(key, f"w{len(self.packed)}")
+        for vector in _vectors(node).values():
+            self.vectors.setdefault(vector, f"v{len(self.vectors)}")
+
+    def _parameters(self, node: Node) -> dict[str, Place | int]:
+        return {
+            name: self.p.buffer(self.vectors[vector]) for name, vector in _vectors(node).items()
+        }
+
+    # ---------------------------------------------------------------- memory
+
+    def _slices(self) -> dict[Node, tuple[Node, int]]:
+        """Which map is written straight into which concatenation, from which channel on."""
+        found: dict[Node, tuple[Node, int]] = {}
+        for node in self.nodes:
+            first = 0
+            for source in node.inputs if isinstance(node.op, Concat) else ():
+                if source in self.own and source not in found and self._can_be_slice(source):
+                    found[source] = (node, first)
+                first += source.map_shape[1]
+        return found
+
+    def _can_be_slice(self, node: Node) -> bool:
+        # A convolution is compiled for maps that have no channels but its own.
+        return not isinstance(node.op, Concat | Flatten) and not any(
+            isinstance(user.op, Layer) for user in self.uses[node]
+        )
+
+    def _halo(self, node: Node) -> Halo:
+        """What the readers of a map reach beyond it."""
+        halos = [_reads(user) for user in self.uses[node] if user in self.own and user is not node]
+        return Halo(*(max(side) for side in zip(*halos, strict=True))) if halos else Halo()
+
+    def _allocate(self, node: Node) -> Map:
+        """The map that ``node`` is written to."""
+        if node in self.slices:
+            whole, first = self.slices[node]
+            if whole not in self.maps:
+                self._allocate(whole)
+            m = self.maps[whole]
+            self.homes[node] = self.homes[whole]
+            self.maps[node] = replace(m, place=m.place + first)
+            if whole in self.full:
+                full = self.full[whole]
+                self.full[node] = replace(full, place=full.place + first)
+        else:
+            halo = self.wanted[node]
+            parts = [part for part, (whole, _) in self.slices.items() if whole is node]
+            for part in parts:
+                halo = Halo(*map(max, _sides(halo), _sides(self.wanted[part])))
+            readers = [u for n in (node, *parts) for u in self.uses[n] if u in self.own]
+            lasting = self.iterations > 1 and any(u not in self.running for u in readers)
+            shape = node.map_shape if lasting else self._shape(node)
+            m, corner = scratch_map(self.p, shape, halo, shared=lasting)
+            self.homes[node] = _Home(corner)
+            if lasting:
+                self.full[node] = m
+                m = replace(m, place=self._moving(m.place, m.image))
+                corner = self._moving(corner, m.image)
+            self._clear(corner, m, self._shape(node), halo)
+            self.maps[node] = m
+        return self.maps[node]
+
+    def _clear(self, corner: Place, m: Map, shape: Sequence[int], halo: Halo) -> None:
+        batch, channels, height, width = shape
+        if halo.empty:
+            return
+        self.p.step(
+            copy_kernel(copy.border, self.target), batch,
+            out=corner, out_image=m.image, out_row=m.row, height=height,
+            top=halo.top, bottom=halo.bottom, left=halo.left * channels,
+            right=halo.right * channels, width_elements=width * channels,
+        )  # fmt: skip
+
+    def _after(self, node: Node) -> None:
+        """Count readers; release what nobody reads any more."""
+        if node in self.homes:
+            users = [u for u in self.uses[node] if u in self.own and u is not node]
+            self.homes[node].readers += len(users)
+        for source in node.inputs:
+            home = self.homes.get(source)
+            if home is None:
+                continue
+            home.readers -= 1
+            if home.readers == 0 and home.corner is not None:
+                self.p.release(home.corner)
+                home.corner = None
+
+    # ---------------------------------------------------------------- nodes
+
+    def _read_input(self, node: Node) -> None:
+        place = self._call_buffer(node)
+        layout = self.layout if len(node.shape) == 4 else NHWC
+        halo = self.wanted[node]
+        m = read(self.p, self.target, place, layout, self._shape(node), halo)
+        self.maps[node] = m
+        if m.place.buffer != place.buffer:
+            corner = m.place + -(halo.top * m.row + halo.left * m.pixel)
+            readers = sum(u in self.running for u in self.uses[node])
+            self.homes[node] = _Home(corner, readers)
+
+    def _emit(self, node: Node) -> None:
+        direct = self._direct_output(node)
+        if direct is not None:
+            self.maps[node] = direct
+        elif not isinstance(node.op, Flatten) and node not in self.maps:
+            self._allocate(node)
+        match node.op:
+            case Layer():
+                self._layer(node, node.op)
+            case PoolNode(pool):
+                x, pool = self.maps[node.inputs[0]], replace(pool, batch=self.images)
+                pool_steps(self.p, self.target, pool, x, self.maps[node], None)
+            case Pointwise():
+                self._pointwise(node, node.op)
+            case Concat():
+                self._concat(node)
+            case Flatten():
+                self._flatten(node)
+            case Linear():
+                self._linear(node, node.op)
+        if node in self.outputs and node not in self.delivered:
+            self._deliver(node)
+
+    def _direct_output(self, node: Node) -> Map | None:
+        """The output tensor itself, where its layout is the map's and nobody needs a halo."""
+        if node not in self.outputs or node in self.slices or isinstance(node.op, Flatten | Concat):
+            return None
+        if not self.wanted[node].empty:
+            return None
+        batch, channels, height, width = node.map_shape
+        if self.layout == NCHW and height * width > 1 and channels > 1:
+            return None
+        return self._to_output(node)
+
+    def _to_output(self, node: Node) -> Map:
+        """The output tensor as a map, which whoever asks for it writes."""
+        self.delivered.add(node)
+        shape = node.map_shape[1:]
+        if self.iterations > 1 and any(
+            u in self.own and u not in self.running for u in self.uses[node] if u is not node
+        ):
+            self.full[node] = Map.dense(self.p.buffer(self.buffers[node]), *shape)
+        return Map.dense(self._call_buffer(node), *shape)
+
+    def _deliver(self, node: Node) -> None:
+        m, shape = self.maps[node], self._shape(node)
+        if self.layout == NCHW and shape[2] * shape[3] > 1:
+            deliver(self.p, self.target, m, self._call_buffer(node), NCHW, shape)
+        else:
+            self._copy(m, Map.dense(self._call_buffer(node), *shape[1:]), shape)
+
+    def _copy(self, source: Map, to: Map, shape: Sequence[int]) -> None:
+        self._elementwise("copy", (), (source,), to, shape, {})
+
+    def _elementwise(self, kind, steps, sources, to: Map, shape, parameters) -> None:
+        batch, channels, height, width = shape
+        fields: dict[str, Place | int] = dict(parameters)
+        for letter, m in zip("ab", sources, strict=False):
+            fields |= {letter: m.place, f"{letter}_image": m.image, f"{letter}_row": m.row,
+                       f"{letter}_pixel": m.pixel}  # fmt: skip
+        plan = elementwise.ElementwisePlan(self.target, channels, kind, steps)
+        self.p.step(
+            kernel(plan), batch * height, out=to.place, out_image=to.image, out_row=to.row,
+            out_pixel=to.pixel, rows=height, cols=width, **fields,
+        )  # fmt: skip
+        self.p.work += batch * channels * height * width
+
+    def _layer(self, node: Node, op: Layer) -> None:
+        conv, steps = replace(op.block.conv, batch=self.images), op.block.epilogue
+        extra = self._parameters(node)
+        if ep.adds_residual(steps):
+            r = self.maps[node.inputs[1]]
+            extra |= {"residual": r.place, "residual_image": r.image,
+                      "residual_row": r.row, "residual_pixel": r.pixel}  # fmt: skip
+        key = Packed.of(self.target, op, self.exact)
+        packed = self.p.buffer(self.packed[key])
+        x, out = self.maps[node.inputs[0]], self.maps[node]
+        choices.convolve(
+            self.p, self.target, conv, key.algorithm, x, packed, out, steps, extra
+        )  # fmt: skip
+
+    def _pointwise(self, node: Node, op: Pointwise) -> None:
+        sources = [self.maps[s] for s in node.inputs]
+        if len(sources) == 2 and node.inputs[1].map_shape != node.inputs[0].map_shape:
+            sources[1] = Map(sources[1].place, sources[1].image, 0, 0)
+        self._elementwise(
+            op.kind, op.steps, sources, self.maps[node], self._shape(node), self._parameters(node)
+        )
+
+    def _concat(self, node: Node) -> None:
+        m, first = self.maps[node], 0
+        for source in node.inputs:
+            if self.slices.get(source) != (node, first):
+                to = replace(m, place=m.place + first)
+                self._copy(self.maps[source], to, self._shape(source))
+            first += source.map_shape[1]
+
+    def _flatten(self, node: Node) -> None:
+        source = node.inputs[0]
+        flat = self._to_output(node) if node in self.outputs else self._allocate(node)
+        self.maps[node] = flat
+        m, shape = self.maps[source], self._shape(source)
+        if shape[2] * shape[3] == 1:
+            self._copy(m, flat, shape)
+        else:
+            deliver(self.p, self.target, m, flat.place, NCHW, shape)
+
+    def _linear(self, node: Node, op: Linear) -> None:
+        steps = ((Bias(),) if op.bias else ()) + ((op.act,) if op.act else ())
+        x, out = self.maps[node.inputs[0]], self.maps[node]
+        batch, outputs = self.images, node.shape[1]
+        (weight,) = [v for k, v in _vectors(node).items() if k == "w"]
+        fields = {k: v for k, v in self._parameters(node).items() if k != "w"}
+        channels = node.inputs[0].shape[1]
+        self.p.step(
+            kernel(linear.LinearPlan(self.target, steps)),
+            -(-outputs // linear.OUTPUTS_PER_ITEM),
+            x=x.place, x_row=x.image, w=self.p.buffer(self.vectors[weight]), w_row=channels,
+            out=out.place, out_row=out.image, batch=batch, outputs=outputs, inputs=channels,
+            **fields,
+        )  # fmt: skip
+        self.p.work += batch * channels * outputs
+
+
+def _sides(halo: Halo) -> tuple[int, int, int, int]:
+    return halo.top, halo.bottom, halo.left, halo.right
+
+
+def _reads(user: Node) -> tuple[int, int, int, int]:
+    return _sides(halo_of(user.op.block.conv) if isinstance(user.op, Layer) else Halo())
+
+
+def _vectors(node: Node) -> dict[str, Vector]:
+    """What a node reads besides maps and packed weights, by the names kernels give it."""
+    op, found = node.op, {}
+    if isinstance(op, Linear):
+        found["w"] = Vector(op.weight, ITSELF)
+    if isinstance(op, Layer | Linear) and op.bias is not None:
+        found["bias"] = Vector(op.bias, ITSELF)
+    if isinstance(op, Layer | Pointwise) and op.norm is not None:
+        found |= {part: Vector(op.norm, part) for part in ("scale", "shift")}
+    return found

@@ -1,0 +1,41 @@
+"""A contender without torch, for tests of the conductor: it behaves as its engine's name says.
+
+Writes its process id and what it was asked into the race's folder.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+engine, network, batch, threads, folder = sys.argv[1:]
+diary = Path(folder) / "diary.txt"
+times = iter([3.0, 1.0, 2.0, 9.0])
+
+
+def answer(do: str) -> dict:
+    if engine == "fails" and do == "prepare":
+        return {"ok": False, "reason": "RuntimeError: no kernel for it"}
+    if engine == "hangs" and do == "time":
+        time.sleep(600)
+    if engine == "dies" and do == "time" and next(times) < 3:
+        print("first a warning\nout of luck", file=sys.stderr)
+        os._exit(7)
+    if engine == "forgets" and do == "memory":
+        return {"ok": False, "reason": "OSError: no /proc"}
+    return {"ok": True, **ANSWERS.get(do, dict)()}
+
+
+ANSWERS = {
+    "prepare": lambda: {"prepare_s": 0.5, "first_call_s": 0.25},
+    "check": lambda: {"error": {"wrong": 0.5, "nan": float("nan")}.get(engine, 1e-6)},
+    "time": lambda: {"ms": next(times), "calls": 4},
+    "memory": lambda: {"peak_mb": 8.0, "steady_mb": 4.0},
+}
+
+for line in sys.stdin:
+    asked = json.loads(line)["do"]
+    with diary.open("a") as file:
+        print(os.getpid(), engine, batch, threads, asked, file=file)
+    print(json.dumps(answer(asked)), flush=True)
