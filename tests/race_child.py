@@ -28,10 +28,10 @@ def answer(do: str) -> dict:
 
 
 ANSWERS = {
-    "prepare": lambda: {"prepare_s": 0.5, "first_call_s": 0.25},
+    "prepare": lambda: {"import_s": 2.0, "prepare_s": 0.5, "first_call_s": 0.25},
     "check": lambda: {"error": {"wrong": 0.5, "nan": float("nan")}.get(engine, 1e-6)},
     "time": lambda: {"ms": next(times), "calls": 4},
-    "memory": lambda: {"peak_mb": 8.0, "steady_mb": 4.0},
+    "memory": lambda: {"peak_mb": 8.0, "steady_mb": 4.0, "winograd_mb": None},
 }
 
 for line in sys.stdin:

@@ -54,7 +54,7 @@ WRONG: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: functional.conv2d(X, W[0], padding="same"),
         r"weight 4, got.*\(3, 3, 3\)",
     ),
-    "activation": (lambda: functional.conv_block(X, W, activation="gelu"), "relu.*got 'gelu'"),
+    "activation": (lambda: functional.conv_block(X, W, activation="swish"), "relu.*got 'swish'"),
     "residual": (
         lambda: functional.conv_block(X, W, residual=X),
         r"residual.*\(1, 4, 4, 4\), got \(1, 3, 6, 6\)",

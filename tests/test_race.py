@@ -55,8 +55,8 @@ def is_gone(pid: int) -> bool:
 def test_rows_hold_the_median_and_the_error(tmp_path: Path) -> None:
     rows = run(tmp_path, "one", "two")
     where = {"network": "tiny", "batch": 1, "threads": 1}
-    good = {"ms": 2.0, "error": 1e-6, "failure": None}
-    memory = {"peak_mb": 8.0, "steady_mb": 4.0}
+    good = {"ms": 2.0, "min_ms": 1.0, "error": 1e-6, "failure": None}
+    memory = {"peak_mb": 8.0, "steady_mb": 4.0, "winograd_mb": None}
     assert rows == [
         {"what": "time", **where, "engine": "one", **good},
         {"what": "time", **where, "engine": "two", **good},
@@ -104,7 +104,8 @@ def test_references_and_files_are_made_once_for_all_threads(tmp_path: Path) -> N
 def test_a_failure_is_a_row_that_says_why(engine: str, why: str, tmp_path: Path) -> None:
     rows = run(tmp_path, "one", engine, "two", cold_start=True)
     failed = times(rows)[engine]
-    assert (failed["ms"], failed["error"], failed["failure"]) == (None, None, why)
+    assert (failed["ms"], failed["min_ms"], failed["error"]) == (None, None, None)
+    assert failed["failure"] == why
     for other in ("one", "two"):
         assert times(rows)[other]["ms"] == 2.0
     assert {r["engine"] for r in rows if r["what"] == "memory"} == {"one", "two"}
@@ -143,8 +144,8 @@ def test_memory_may_be_unknown(tmp_path: Path) -> None:
 def test_a_cold_start_is_measured_without_and_with_what_the_first_left(tmp_path: Path) -> None:
     rows = run(tmp_path, "one", "two", cold_start=True)
     found = [r for r in rows if r["what"] == "cold start"]
-    starts = [(r["engine"], r["cache"], r["prepare_s"], r["first_call_s"]) for r in found]
-    assert starts == [(e, c, 0.5, 0.25) for c in ("empty", "warm") for e in ("one", "two")]
+    starts = [(r["engine"], r["cache"], r["import_s"], r["prepare_s"]) for r in found]
+    assert starts == [(e, c, 2.0, 0.5) for c in ("empty", "warm") for e in ("one", "two")]
     pids = {pid for pid, engine, *_, do in diary(tmp_path) if (engine, do) == ("one", "prepare")}
     assert len(pids) == 2
 
@@ -192,6 +193,14 @@ def test_nonsense_for_an_answer_is_a_failure(tmp_path: Path) -> None:
     noisy = Settings(tmp_path, command=(sys.executable, "-c", "input(); print('Loading...')"))
     task = Task("one", "tiny", 1, 1, tmp_path)
     with Child(task, noisy) as child, pytest.raises(Failed, match="check: answered 'Loading...'"):
+        child.ask("check")
+
+
+def test_a_child_that_closes_its_answers_and_lives_on_is_killed(tmp_path: Path) -> None:
+    mute = "import os, time; input(); os.close(1); time.sleep(99)"
+    impatient = Settings(tmp_path, command=(sys.executable, "-c", mute), goodbye=0.1)
+    task = Task("one", "tiny", 1, 1, tmp_path)
+    with Child(task, impatient) as child, pytest.raises(Failed, match="ended with signal 9"):
         child.ask("check")
 
 
@@ -266,6 +275,7 @@ def test_a_race_is_shown_written_and_drawn(fakes: None, tmp_path: Path) -> None:
         assert text in result.stdout
     assert "best peer / neocog-freeze: geometric mean 1.00, least 1.00" in result.stdout
     assert "0.75" in result.stdout and "8 / 4" in result.stdout
+    assert "0.75 (+2.00)" in result.stdout
     rows = json.loads(file.read_text())
     found = [(r["network"], r["ms"]) for r in rows if r["what"] == "time"]
     assert found == 4 * [("digits", 2.0)] + 4 * [("resnet18", 2.0)]
@@ -317,6 +327,15 @@ def test_bad_options_are_refused(
     result = typed("--networks", *options)
     assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
+
+
+def test_other_systems_are_told_that_they_cannot_race(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "sys", SimpleNamespace(platform="darwin"))
+    assert "--networks: needs Linux" in typed("--networks").stderr
+
+
+def test_an_engine_races_once() -> None:
+    assert race_view.engines("ncnn,eager,ncnn") == ["ncnn", "eager"]
 
 
 def test_several_threads_are_for_networks_alone() -> None:

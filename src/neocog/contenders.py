@@ -6,10 +6,10 @@ builds the network with fixed weights and then answers requests, one JSON object
 
     {"do": "convert"}               writes the engine's own file of the network into FOLDER
     {"do": "reference"}             writes the float64 result of PyTorch eager into FOLDER
-    {"do": "prepare"}               {"prepare_s", "first_call_s"}
+    {"do": "prepare"}               {"import_s", "prepare_s", "first_call_s"}
     {"do": "check"}                 {"error": max|out - reference| / max|reference|}
     {"do": "time", "seconds": s}    {"ms": median of the calls of about s seconds, "calls": n}
-    {"do": "memory"}                {"peak_mb", "steady_mb"} over the built network
+    {"do": "memory"}                {"peak_mb", "steady_mb"} over the built network, {"winograd_mb"}
 
 An answer is {"ok": true, ...}, or {"ok": false, "reason": "..."}. It ends when stdin does. Whatever
 libraries print goes to stderr. Every engine is given the same float32 [N, C, H, W] tensor (or a
@@ -20,6 +20,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
+import importlib
 import json
 import os
 import signal
@@ -77,6 +79,10 @@ class Engine:
     prepare: Callable[[Task, nn.Module, Tensor], Run]
     includes: str
     convert: Callable[[Task, nn.Module, Tensor], None] | None = None
+    winograd: Callable[[Run], int] | None = None
+    """Bytes of transformed weights, if it tells."""
+    module: str = "torch"
+    """What is imported before it prepares anything."""
 
 
 # ------------------------------------------------------------------------------------- PyTorch
@@ -106,8 +112,17 @@ def _inductor_frozen(task: Task, model: nn.Module, x: Tensor) -> Run:
 def _neocog_freeze(task: Task, model: nn.Module, x: Tensor) -> Run:
     from .freezing import freeze
 
-    frozen = freeze(model, x)
-    return lambda: frozen(x)
+    return functools.partial(freeze(model, x), x)
+
+
+def _winograd_weights(run: Run) -> int:
+    from .choices import WINOGRAD
+    from .freezing import Frozen
+
+    frozen = run.func if isinstance(run, functools.partial) else run
+    assert isinstance(frozen, Frozen)
+    packed = frozen.plans[-1].parameters.packed
+    return sum(w.nbytes for key, w in packed.items() if key.algorithm in WINOGRAD)
 
 
 def _neocog_compile(task: Task, model: nn.Module, x: Tensor) -> Run:
@@ -221,23 +236,48 @@ ENGINES: dict[str, Engine] = {
     "eager-channels-last": Engine(
         _channels_last, "weights in channels_last; the copy of the input into it is timed"
     ),
-    "inductor": Engine(_inductor, "torch.compile with its guards"),
-    "inductor-frozen": Engine(
-        _inductor_frozen, "torch.compile with torch._inductor.config.freezing, with its guards"
+    "inductor": Engine(
+        _inductor, "torch.compile with its guards", module="torch._inductor.compile_fx"
     ),
-    "onnxruntime": Engine(_onnx_runtime, "session.run from a NumPy array to a new one", _to_onnx),
+    "inductor-frozen": Engine(
+        _inductor_frozen,
+        "torch.compile with torch._inductor.config.freezing, with its guards",
+        module="torch._inductor.compile_fx",
+    ),
+    "onnxruntime": Engine(
+        _onnx_runtime,
+        "session.run from a NumPy array to a new one",
+        _to_onnx,
+        module="onnxruntime",
+    ),
     "openvino": Engine(
-        _openvino, "infer on a shared input, the result copied out of the request", _to_openvino
+        _openvino,
+        "infer on a shared input, the result copied out of the request",
+        _to_openvino,
+        module="openvino",
     ),
     "ncnn": Engine(
-        _ncnn, "one extractor per picture, one after the other; results copied out", _to_ncnn
+        _ncnn,
+        "one extractor per picture, one after the other; results copied out",
+        _to_ncnn,
+        module="ncnn",
     ),
     "litert": Engine(
-        _litert, "set_tensor, invoke, get_tensor: input and result are copied", _to_litert
+        _litert,
+        "set_tensor, invoke, get_tensor: input and result are copied",
+        _to_litert,
+        module="ai_edge_litert.interpreter",
     ),
-    "neocog-freeze": Engine(_neocog_freeze, "neocog.freeze(model, x), from tensor to new tensor"),
+    "neocog-freeze": Engine(
+        _neocog_freeze,
+        "neocog.freeze(model, x), from tensor to new tensor",
+        winograd=_winograd_weights,
+        module="neocog.freezing",
+    ),
     "neocog-compile": Engine(
-        _neocog_compile, 'torch.compile(backend="neocog") with its guards and checks of weights'
+        _neocog_compile,
+        'torch.compile(backend="neocog") with its guards and checks of weights',
+        module="neocog.backend",
     ),
 }
 
@@ -272,14 +312,18 @@ class Contender:
         return {}
 
     def prepare(self) -> dict[str, Any]:
-        """Seconds until there is something to call, and of its first call."""
+        """Seconds of the import, until there is something to call, and of its first call."""
         self.base = _memory("VmRSS")
         _forget_peak()
+        before = time.perf_counter()
+        importlib.import_module(self.engine.module)
         start = time.perf_counter()
         self.run = self.engine.prepare(self.task, self.model, self.x)
         ready = time.perf_counter()
         self.run()
-        return {"prepare_s": ready - start, "first_call_s": time.perf_counter() - ready}
+        done = time.perf_counter()
+        found = {"import_s": start - before, "prepare_s": ready - start}
+        return found | {"first_call_s": done - ready}
 
     def check(self) -> dict[str, Any]:
         """How far the result is from the reference."""
@@ -302,9 +346,11 @@ class Contender:
         return {"ms": 1e3 * statistics.median(calls), "calls": len(calls)}
 
     def memory(self) -> dict[str, Any]:
-        """Growth of resident memory over the built network: at its peak, and now."""
-        grown = {"peak_mb": _memory("VmHWM"), "steady_mb": _memory("VmRSS")}
-        return {name: max(0, kib - self.base) / 1024 for name, kib in grown.items()}
+        """Growth of resident memory over the built network, at its peak and now."""
+        peak, now = _memory("VmHWM") - self.base, _memory("VmRSS") - self.base
+        found = {"peak_mb": 1e-6 * max(peak, 0), "steady_mb": 1e-6 * max(now, 0)}
+        tell = self.engine.winograd
+        return found | {"winograd_mb": None if tell is None else 1e-6 * tell(self.run)}
 
 
 def _seconds(run: Run) -> float:
@@ -314,10 +360,10 @@ def _seconds(run: Run) -> float:
 
 
 def _memory(field: str) -> int:
-    """KiB, from Linux."""
+    """Bytes, from Linux."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
-            return int(line.split()[1])
+            return 1024 * int(line.split()[1])
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 

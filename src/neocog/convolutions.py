@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, cast
 
 from .cpu import copy, depthwise, direct, weight_gradient
 from .cpu.tiling import all_sizes, best_blocks, blocks_for, cover, even_sizes, most_pixels
@@ -293,7 +293,8 @@ def _depthwise(
     (phase,) = _phases(conv)
     rows, cols = phase.rows.count, phase.cols.count
     height = min(depthwise.HEIGHT, rows)
-    sizes = even_sizes(cols, target.pixels(1) // height)
+    taps = conv.rows.size * conv.cols.size
+    sizes = even_sizes(cols, depthwise.tile_limit(target, taps, height, cols))
     wide, tail = cover(cols, sizes)
     plan = depthwise.DepthwisePlan(
         target=target,
@@ -327,8 +328,8 @@ def _tile_fields(p: Program, sizes: tuple[int, ...], cols: int) -> dict[str, Pla
 
 
 def _residual_map(extra: Mapping[str, Place | int]) -> Map:
-    place, *strides = (extra["residual" + end] for end in ("", "_image", "_row", "_pixel"))
-    return Map(place, *strides)
+    strides = (cast(int, extra[f"residual_{name}"]) for name in ("image", "row", "pixel"))
+    return Map(cast(Place, extra["residual"]), *strides)
 
 
 def _share_out(

@@ -90,7 +90,7 @@ class Child:
         environment = os.environ | {
             "OMP_NUM_THREADS": str(task.threads),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
-            "XDG_CACHE_HOME": str(caches),
+            "NEOCOG_CACHE_DIR": str(caches / "neocog"),
         }
         with self.log.open("wb") as log:
             try:
@@ -112,11 +112,7 @@ class Child:
         with suppress(BrokenPipeError):  # it may hold a request that nobody has read
             self.process.stdin.close()
         self.process.send_signal(signal.SIGCONT)
-        try:
-            self.process.wait(self.settings.goodbye)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        self._end()
         self.process.stdout.close()
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
@@ -145,8 +141,16 @@ class Child:
             raise Failed(f"{do}: {answer['reason']}")
         return answer
 
+    def _end(self) -> int:
+        """The exit code of a process that is about to end, or has to."""
+        try:
+            return self.process.wait(self.settings.goodbye)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
     def _death(self, do: str) -> str:
-        code = self.process.wait(self.settings.timeout)
+        code = self._end()
         how = f"signal {-code}" if code < 0 else f"exit code {code}"
         lines = self.log.read_text(errors="replace").strip().splitlines()
         return f"{do}: the process ended with {how}: {lines[-1] if lines else 'it said nothing'}"
@@ -254,12 +258,13 @@ class Race:
         failures: dict[str, str],
     ) -> Iterator[Row]:
         for engine in self.engines:
+            found: Row
             if engine in failures:
-                why = failures[engine]
-                yield _row("time", case, engine, ms=None, error=None, failure=why)
+                found = {"ms": None, "min_ms": None, "error": None, "failure": failures[engine]}
             else:
-                ms = statistics.median(times[engine])
-                yield _row("time", case, engine, ms=ms, error=errors[engine], failure=None)
+                ms, least = statistics.median(times[engine]), min(times[engine])
+                found = {"ms": ms, "min_ms": least, "error": errors[engine], "failure": None}
+            yield _row("time", case, engine, **found)
 
 
 def _row(what: str, case: Case, engine: str, **values: Any) -> Row:

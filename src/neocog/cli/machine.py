@@ -113,8 +113,14 @@ def bench(
     if not (blocks or network or networks):
         typer.echo(what_can_be_measured())
         return
-    _check_options(networks and (blocks or network), json_file, plot, rounds)
+    _check_options(json_file, plot, rounds)
     if networks:
+        if blocks or network:
+            raise InvalidProblem("--networks: alone, without --blocks and --network")
+        if sys.platform != "linux":
+            raise InvalidProblem(
+                f"--networks: needs Linux to stop idle engines, not {sys.platform}"
+            )
         from . import race_view
 
         counts = _numbers("--threads", threads or RACE_THREADS, _processors())
@@ -130,12 +136,8 @@ def bench(
     _measure(blocks, network, json_file, count, filter, rounds or ROUNDS)
 
 
-def _check_options(
-    both: bool, json_file: Path | None, plot: Path | None, rounds: int | None
-) -> None:
+def _check_options(json_file: Path | None, plot: Path | None, rounds: int | None) -> None:
     """Before anything is measured, for that takes a while."""
-    if both:
-        raise InvalidProblem("--networks: alone, without --blocks and --network")
     for option, file in (("--json", json_file), ("--plot", plot)):
         if file is not None and not file.parent.is_dir():
             raise InvalidProblem(f"{option} {file}: there is no folder {file.parent}")

@@ -66,7 +66,7 @@ def cases(batches: Sequence[int], threads: Sequence[int], filter: str) -> list[C
 
 def engines(names: str | None) -> list[str]:
     """Names with commas between them, all without; InvalidProblem for an unknown one."""
-    found = list(ENGINES) if names is None else names.split(",")
+    found = list(ENGINES) if names is None else list(dict.fromkeys(names.split(",")))
     for name in found:
         if name not in ENGINES:
             raise InvalidProblem(f"--engines {name}: expected some of {', '.join(ENGINES)}")
@@ -160,24 +160,35 @@ def _ratio(ratio: float | None) -> Text:
 
 
 def _memory(rows: Sequence[Row], engines: Sequence[str]) -> Table:
-    table = _table("memory over the built network, MB: at its peak / afterwards", engines)
+    title = "memory over the built network, MB: at its peak / afterwards (Winograd weights in it)"
+    table = _table(title, engines)
     found = [row for row in rows if row["what"] == "memory"]
     for case, group in groupby(found, key=case_of):
-        cells = {r["engine"]: f"{r['peak_mb']:.0f} / {r['steady_mb']:.0f}" for r in group}
+        cells = {row["engine"]: _megabytes(row) for row in group}
         table.add_row(str(case), *(cells.get(engine, "-") for engine in engines))
     return table
 
 
+def _megabytes(row: Row) -> str:
+    text = f"{row['peak_mb']:.0f} / {row['steady_mb']:.0f}"
+    return text if row["winograd_mb"] is None else f"{text} ({row['winograd_mb']:.0f})"
+
+
 def _cold_starts(rows: Sequence[Row], engines: Sequence[str]) -> Table:
-    table = _table(
-        "cold start, s: preparing a built or converted network and its first call", engines
+    title = (
+        "cold start, s: preparing a built or converted network and its first call (+ the import)"
     )
+    table = _table(title, engines)
     found = [row for row in rows if row["what"] == "cold start"]
     for (case, cache), group in groupby(found, key=lambda row: (case_of(row), row["cache"])):
-        cells = {r["engine"]: f"{r['prepare_s'] + r['first_call_s']:.2f}" for r in group}
+        cells = {row["engine"]: _seconds(row) for row in group}
         name = f"{case}, {cache} cache"
         table.add_row(name, *(cells.get(engine, "-") for engine in engines))
     return table
+
+
+def _seconds(row: Row) -> str:
+    return f"{row['prepare_s'] + row['first_call_s']:.2f} (+{row['import_s']:.2f})"
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:

@@ -30,43 +30,17 @@ cache, or blocks do (``blocks_inside``), so that it reads its input once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 
 from llvmlite import ir
 
-from ..steps import Bias, Step
 from . import epilogue as ep
 from . import pool as pooling
-from .lanes import I64, PTR, Emitter, Int
+from .direct_tile import UNROLL, DirectPlan, chunk_function, masks, tile_function, vectors
+from .lanes import I64, Emitter, Int
 from .runtime import Kernel, compile_kernel
-from .tiling import TiledPlan
 
-UNROLL = 8
-"""Input channels per trip of the inner loop."""
-
-
-@dataclass(frozen=True)
-class DirectPlan(TiledPlan):
-    """Everything a direct kernel is specialised on."""
-
-    tiles: tuple[int, ...] = (1,)
-    """Pixels of the register tiles, in falling order; see ``tiling.cover``."""
-    epilogue: tuple[Step, ...] = ()
-    depthwise: bool = False
-    winners: bool = False
-    """Whether a fused max pool also stores which tap won, for the backward pass."""
-    chunk: int = 0
-    """Input channels per chunk, a multiple of UNROLL; 0: all taps and channels at once."""
-
-    @property
-    def name(self) -> str:
-        """A name for the listing."""
-        kind = "depthwise" if self.depthwise else "direct"
-        tile = f"{self.tiles[0]}x{self.blocks}v{self.target.lanes}"
-        chunk = f"/{self.chunk}" if self.chunk else ""
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"{kind}_c{self.channels}{chunk}k{self.out_channels}_{tile}{steps}"
+__all__ = ["UNROLL", "DirectPlan", "emit", "fields", "scratch_rows"]
 
 
 def fields(plan: DirectPlan) -> tuple[str, ...]:
@@ -97,8 +71,8 @@ def emit(plan: DirectPlan) -> Kernel:
     """Compile the kernel of a plan."""
     e = Emitter(plan.target, plan.name)
     pool = ep.pooling_of(plan.epilogue)
-    whole = [_tile_function(e, plan, n) for n in plan.tiles]
-    chunks = [_chunk_function(e, plan, n) for n in plan.tiles] if plan.chunk else None
+    whole = [tile_function(e, plan, n) for n in plan.tiles]
+    chunks = [chunk_function(e, plan, n) for n in plan.tiles] if plan.chunk else None
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
         if pool is not None:
@@ -296,7 +270,7 @@ def _pooled_items(e: Emitter, plan: DirectPlan, tiles, f, begin, end, pool, scra
             sink.winners_pixel = f.winners_pixel
         source = pooling.Source(slot, plan.width, f.rows, f.cols)
         pooling.pool_row(e, pool, source, sink, top, f.pool_cols, plan.blocks,
-                         _masks(e, plan, at.valid))  # fmt: skip
+                         masks(vectors(e, plan), plan, at.valid))  # fmt: skip
         return [e.max(first, last)]
 
     e.loop(begin, end, body, [I64(0)])
@@ -315,112 +289,3 @@ def _ring_row(e: Emitter, plan: DirectPlan, whole, f, at, image: Int, row: Int, 
         _by_size(e, whole, kind, args + _residual(e, plan, f, at, image, row, pixel))
 
     e.loop(0, f.tiles, visit)
-
-
-# ------------------------------------------------------------------------------------- tiles
-
-
-def _tile_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
-    """The function that fills one tile of the output.
-
-    tile(x, w, taps, n_taps, out, out_pixel, valid, parameters..., residual, its pixel); in chunks:
-    tile(sums, out, ...).
-    """
-    head = ["sums"] if plan.chunk else ["x", "w", "taps", "n_taps"]
-    names = [*head, "out", "out_pixel", "valid", *ep.parameters(plan.epilogue)]
-    if ep.adds_residual(plan.epilogue):
-        names += ["residual", "residual_pixel"]
-    integers = ("n_taps", "out_pixel", "valid", "residual_pixel")
-    kinds = [I64 if name in integers else PTR for name in names]
-    with e.function(f"tile_{pixels}", kinds) as (fn, args):
-        a = SimpleNamespace(**dict(zip(names, args, strict=True)))
-        masks = _masks(e, plan, a.valid)
-        steps, start = plan.epilogue, [e.zero] * plan.blocks
-        if plan.chunk:
-            sums = [e.vload(a.sums, i * e.lanes) for i in range(pixels * plan.blocks)]
-        else:
-            if steps and isinstance(steps[0], Bias):  # then it is where the sum starts
-                start = [e.vload(a.bias, j * e.lanes, masks[j]) for j in range(plan.blocks)]
-                steps = steps[1:]
-            sums = _sum_taps(e, plan, a, start * pixels, pixels, masks)
-        _store_tile(e, plan, a, steps, sums, pixels, masks)
-    return fn
-
-
-def _chunk_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
-    """chunk(channels, x, w, sums, ahead): add the products of some channels of one tap."""
-    with e.function(f"chunk_{pixels}", [I64, PTR, PTR, PTR, PTR]) as (fn, args):
-        channels, x, w, where, ahead = args
-        count = pixels * plan.blocks
-
-        def some(c: Int, *sums: ir.Value) -> list[ir.Value]:
-            for i in range(UNROLL):
-                e.prefetch(ahead, e.mul(e.add(c, i), e.lanes))
-            here = e.at(w, e.mul(c, plan.width))
-            return _products(e, plan, e.at(x, c), here, UNROLL, sums, pixels)
-
-        sums = [e.vload(where, i * e.lanes) for i in range(count)]
-        for i, value in enumerate(e.loop(0, channels, some, sums, step=UNROLL)):
-            e.vstore(value, where, i * e.lanes)
-    return fn
-
-
-def _masks(e: Emitter, plan: DirectPlan, valid: ir.Value) -> list[ir.Value | None]:
-    """Per vector of channels, its lanes that exist; None where all do."""
-    if plan.out_channels % plan.width == 0:
-        return [None] * plan.blocks
-    return [e.lane_mask(e.sub(valid, j * e.lanes)) for j in range(plan.blocks)]
-
-
-def _products(
-    e: Emitter, plan: DirectPlan, x, w, channels: int, sums: Sequence[ir.Value], pixels: int
-) -> list[ir.Value]:
-    """``sums[p * NB + j]`` plus the products of ``channels`` inputs at ``x``."""
-    sums, blocks = list(sums), plan.blocks
-    for c in range(channels):
-        weights = [e.vload(w, c * plan.width + j * e.lanes) for j in range(blocks)]
-        for p in range(pixels):
-            value = e.broadcast(x, p * plan.pixel_step + c)
-            for j in range(blocks):
-                sums[p * blocks + j] = e.fma(value, weights[j], sums[p * blocks + j])
-    return sums
-
-
-def _sum_taps(e: Emitter, plan: DirectPlan, a, start: Sequence[ir.Value], pixels: int, masks):
-    """The register tile's sums over all taps and channels, ``sums[p * blocks + j]``."""
-
-    def lanewise(x, w, sums: Sequence[ir.Value]) -> list[ir.Value]:
-        weights = [e.vload(w, j * e.lanes) for j in range(plan.blocks)]
-        where = [(p, j) for p in range(pixels) for j in range(plan.blocks)]
-        values = [e.vload(x, p * plan.pixel_step + j * e.lanes, masks[j]) for p, j in where]
-        return [e.fma(v, weights[j], s) for v, (_, j), s in zip(values, where, sums, strict=True)]
-
-    def tap(t: Int, *sums: ir.Value) -> list[ir.Value]:
-        x = e.at(a.x, e.load(I64, a.taps, t))
-        w = e.at(a.w, e.mul(t, plan.channels * plan.width))
-        if plan.depthwise:
-            return lanewise(x, w, sums)
-        whole = plan.channels - plan.channels % UNROLL
-
-        def some(c: Int, *sums: ir.Value) -> list[ir.Value]:
-            here = e.at(w, e.mul(c, plan.width))
-            return _products(e, plan, e.at(x, c), here, UNROLL, sums, pixels)
-
-        sums = tuple(e.loop(0, whole, some, sums, step=UNROLL))
-        rest = e.at(w, whole * plan.width)
-        return _products(e, plan, e.at(x, whole), rest, plan.channels - whole, sums, pixels)
-
-    return e.loop(0, a.n_taps, tap, start)
-
-
-def _store_tile(e: Emitter, plan: DirectPlan, a, steps, sums, pixels: int, masks) -> None:
-    for j in range(plan.blocks):
-        offset = j * e.lanes
-        per_channel = ep.load_parameters(e, steps, a, offset, masks[j])
-
-        def residual(p: int, offset: int = offset, mask=masks[j]) -> ir.Value:
-            return e.vload(e.at(a.residual, e.mul(a.residual_pixel, p)), offset, mask)
-
-        values = ep.finish(e, steps, list(sums[j :: plan.blocks]), per_channel, residual)
-        for p, value in enumerate(values):
-            e.vstore(value, e.at(a.out, e.mul(a.out_pixel, p)), offset, masks[j])

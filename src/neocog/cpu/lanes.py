@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
+from copy import copy as shallow_copy
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +30,22 @@ class Emitter:
     """Builds the module of one kernel for one target."""
 
     def __init__(self, target: Target, name: str):
-        self.target, self.name, self.lanes = target, name, target.lanes
+        self.target, self.name = target, name
         self.module = ir.Module(name)
-        self.vector = ir.VectorType(F32, self.lanes)
-        self.ints = ir.VectorType(I32, self.lanes)
-        self.mask_type = ir.VectorType(I1, self.lanes)
         self.b: ir.IRBuilder = ir.IRBuilder()
+        self._set_lanes(target.lanes)
+
+    def _set_lanes(self, lanes: int) -> None:
+        self.lanes = lanes
+        self.vector = ir.VectorType(F32, lanes)
+        self.ints = ir.VectorType(I32, lanes)
+        self.mask_type = ir.VectorType(I1, lanes)
+
+    def halved(self) -> Emitter:
+        """The same place in the same function, for vectors of half as many lanes."""
+        half = shallow_copy(self)
+        half._set_lanes(self.lanes // 2)
+        return half
 
     # ---------------------------------------------------------------- functions and fields
 
