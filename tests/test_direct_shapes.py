@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from neocog import convolutions, reference
+from neocog.activations import ACTIVATIONS
 from neocog.convolutions import Weights, convolve_packed, pack, packed_elements
 from neocog.cpu import epilogue as ep
 from neocog.cpu.tiling import all_sizes, best_blocks, cover, even_sizes
@@ -65,6 +66,8 @@ class Frozen:
     out: Layout = Layout()
     beside: int = 0
     """Channels that stand between the pixels of the input."""
+    planes: bool = False
+    """Whether the input's channels are planes."""
 
     def run(self, inputs: kt.Arrays, threads: int = 1) -> tuple[Tensor, kt.Context]:
         """The result (N, K, OH, OW); asserts that nothing around it was written."""
@@ -90,7 +93,14 @@ class Frozen:
             extra |= {"residual": m.place, "residual_image": m.image, "residual_row": m.row,
                       "residual_pixel": m.pixel}  # fmt: skip
             given["residual"] = kt.tensor(inputs["residual"], kt.NHWC)
-        convolve_packed(p, target, conv, x, p.buffer("packed"), out, block.epilogue, None, extra)
+        plane = x.image if self.planes else 0
+        if plane:
+            x, x_size = lying.map(
+                p.buffer("x"), (conv.batch * conv.in_channels, 1, *conv.in_shape[2:])
+            )
+            plane, x = x.image, replace(x, image=x.image * conv.in_channels)
+        convolve_packed(p, target, conv, x, p.buffer("packed"), out, block.epilogue, None, extra,
+                        plane=plane)  # fmt: skip
 
         given["x"] = torch.full((x_size,), float("nan")) if self.beside else torch.zeros(x_size)
         if self.beside:  # halos are zero, other maps' channels anything
@@ -99,7 +109,11 @@ class Frozen:
             shape = (conv.batch, conv.in_channels, conv.height + h.top + h.bottom,
                      conv.width + h.left + h.right)  # fmt: skip
             whole.interior(given["x"], shape).zero_()
-        lying.interior(given["x"], conv.in_shape).copy_(kt.tensor(inputs["x"]))
+        if plane:
+            shape = (conv.batch * conv.in_channels, 1, *conv.in_shape[2:])
+            lying.interior(given["x"], shape).copy_(kt.tensor(inputs["x"]).view(shape))
+        else:
+            lying.interior(given["x"], conv.in_shape).copy_(kt.tensor(inputs["x"]))
         given |= {"packed": packed, "out": torch.full((out_size,), MARGIN)}
         p.run(*(given[name].data_ptr() for name in p.names), threads=threads)
         result = self.out.interior(given["out"], block.out_shape)
@@ -210,6 +224,27 @@ def test_inputs_that_are_a_part_of_a_map(line: str) -> None:
     Frozen(block_of(line), beside=5).check()
 
 
+PLANES = (
+    "conv n2 c3x9x13 k40 3x3 s2 p1 | bias | relu",
+    "conv n2 c3x17x18 k64 7x7 s2 p3 | bias | relu | max 3x3 s2 p1",
+    "conv n1 c1x8x8 k16 3x3 p1 | bias",
+    "conv n3 c5x1x1 k24 1x1 | bias",
+    "conv n2 c4x5x6 k34 3x3 p1 g2 | bias",
+    "conv n1 c16x5x5 k16 3x3 p1 | bias",
+)
+
+
+@pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
+@pytest.mark.parametrize("line", PLANES)
+def test_inputs_in_planes(line: str, target: Target) -> None:
+    Frozen(block_of(line), target, planes=True).check()
+
+
+def test_depthwise_layers_read_no_planes() -> None:
+    with pytest.raises(ValueError, match="plane: a depthwise layer"):
+        Frozen(block_of("conv n1 c4x5x5 k4 3x3 g4 | bias"), planes=True).check()
+
+
 @pytest.fixture
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Caches so small that the weights of small layers come in chunks of 8 channels."""
@@ -236,6 +271,20 @@ def test_weights_in_chunks_on_other_targets(line: str, target: Target) -> None:
 @pytest.mark.parametrize("line", TAILS[::3] + JOINED[::4] + DEPTHWISE[::2] + POOLED[:2])
 def test_shapes_on_other_targets(line: str, target: Target) -> None:
     Frozen(block_of(line), target).check()
+
+
+@pytest.mark.parametrize("name", sorted(ACTIVATIONS))
+def test_activations(name: str) -> None:
+    """In whole vectors, in half a vector (24 and 20 channels), and channels in the lanes."""
+    step = f"{name}(0.25)" if ACTIVATIONS[name].takes_slope else name
+    for line in ("c9x3x7 k24 1x1", "c9x3x7 k20 3x3 p1", "c24x5x7 k24 3x3 p1 g24"):
+        block = block_of(f"conv n1 {line} | bias | {step} | affine")
+        inputs = kt.block_inputs(block)
+        truth = reference.block(block, **kt.operands(inputs)).out
+        ours, context = Frozen(block).run(inputs)
+        # A few roundings in the activation, on values of the size of its sums.
+        bound = kt.FLOAT32.error_bound(16, np.abs(truth) + 100)
+        context.check("out", ours, truth, bound)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ of the taps (:meth:`neocog.geometry.Window.phases`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -239,13 +239,18 @@ def convolve_packed(
     winners: Map | None = None,
     extra: Mapping[str, Place | int] = MappingProxyType({}),
     any_size: bool = False,
+    plane: int = 0,
 ) -> None:
     """The steps of one convolution with its epilogue, phase by phase, on packed weights.
 
-    ``extra``: the places of the epilogue's parameters and residual. ``any_size``: with kernels that
-    serve maps of every size, instead of faster ones that are compiled for widths like this one.
+    ``extra``: the places of the epilogue's parameters and residual, which may be the output's.
+    ``any_size``: with kernels that serve maps of every size, instead of faster ones that are
+    compiled for widths like this one. ``plane``: elements between the channels of ``x``, where they
+    are planes (NCHW, for few channels); each channel of a tap then counts as a tap of its own.
     """
     pooled, phases = Block(conv, epilogue).pool, _phases(conv)
+    if plane and is_depthwise(conv):
+        raise ValueError(f"plane: a depthwise layer reads neighbouring channels at once\n{conv}")
     lanewise = is_depthwise(conv) and pooled is None and len(phases) == 1
     if lanewise and not any_size and conv.batch and phases[0].pairs:
         _depthwise(p, target, conv, x, packed, out, epilogue, extra)
@@ -257,12 +262,16 @@ def convolve_packed(
         # Images that stand in for pixels are a step apart that depends on the size of the map.
         loops = loops if any_size and merged.steps[0][2] != loops[0].steps[0][2] else [merged]
     plan = _plan(target, conv, loops, epilogue, winners is not None, any_size)
+    channels = plan.channels
+    if plane:
+        plan = replace(plan, channels=1, chunk=0)
     blocks, tap_size = _groups(conv) * plan.blocks_per_group, plan.channels * plan.width
-    taps, done = sum(len(phase.pairs) for phase in phases), 0
+    planes = [c * plane for c in range(channels // plan.channels)]
+    taps, done = sum(len(phase.pairs) for phase in phases) * len(planes), 0
     for phase, loop in zip(phases, loops, strict=True):
-        offsets = [y * x.row + ox * x.pixel for _, (y, ox) in phase.pairs]
+        offsets = [y * x.row + ox * x.pixel + c for _, (y, ox) in phase.pairs for c in planes]
         fields = {
-            "x": x.place, "x_group": plan.channels,
+            "x": x.place, "x_group": channels * (plane or 1),
             "w": packed + done * tap_size, "w_block": taps * tap_size,
             "taps": p.constant(offsets), "n_taps": len(offsets),
             "out": out.place + (phase.rows.start * out.row + phase.cols.start * out.pixel),
@@ -292,21 +301,9 @@ def _depthwise(
 ) -> None:
     (phase,) = _phases(conv)
     rows, cols = phase.rows.count, phase.cols.count
-    height = min(depthwise.HEIGHT, rows)
-    taps = conv.rows.size * conv.cols.size
-    sizes = even_sizes(cols, depthwise.tile_limit(target, taps, height, cols))
-    wide, tail = cover(cols, sizes)
-    plan = depthwise.DepthwisePlan(
-        target=target,
-        size=(conv.rows.size, conv.cols.size),
-        stride=(conv.rows.stride, conv.cols.stride),
-        dilation=(conv.rows.dilation, conv.cols.dilation),
-        heights=(height, rows % height) if rows % height else (height,),
-        tiles=sizes,
-        tail=conv.out_channels % target.lanes > 0,
-        epilogue=epilogue,
-    )
-    groups, (_, (y, left)) = -(-rows // height), phase.pairs[0]
+    plan = depthwise.plan_for(target, conv, (rows, cols), epilogue)
+    wide, tail = cover(cols, plan.tiles)
+    groups, (_, (y, left)) = -(-rows // plan.heights[0]), phase.pairs[0]
     p.step(
         kernel(plan), conv.batch * groups,
         x=x.place + (y * x.row + left * x.pixel), x_image=x.image, x_row=x.row, x_pixel=x.pixel,

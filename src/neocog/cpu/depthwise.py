@@ -29,11 +29,13 @@ from types import SimpleNamespace
 
 from llvmlite import ir
 
+from ..problem import Conv
 from ..steps import Bias, Step
 from ..target import Target
 from . import epilogue as ep
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
+from .tiling import even_sizes
 
 HEIGHT = 2
 """R: more rows would read each input less often, but weights and sums fill the registers."""
@@ -74,7 +76,23 @@ class DepthwisePlan:
         return f"depthwise_{kernel}_{tile}{steps}"
 
 
-def tile_limit(target: Target, taps: int, height: int, cols: int) -> int:
+def plan_for(target: Target, conv: Conv, size: Axes, epilogue: tuple[Step, ...]) -> DepthwisePlan:
+    """The plan for a depthwise ``conv`` without base dilation and with outputs of ``size``."""
+    height, taps = min(HEIGHT, size[0]), conv.rows.size * conv.cols.size
+    rest = size[0] % height
+    return DepthwisePlan(
+        target=target,
+        size=(conv.rows.size, conv.cols.size),
+        stride=(conv.rows.stride, conv.cols.stride),
+        dilation=(conv.rows.dilation, conv.cols.dilation),
+        heights=(height, rest) if rest else (height,),
+        tiles=even_sizes(size[1], _most_pixels(target, taps, height, size[1])),
+        tail=conv.out_channels % target.lanes > 0,
+        epilogue=epilogue,
+    )
+
+
+def _most_pixels(target: Target, taps: int, height: int, cols: int) -> int:
     """MR for tiles of ``height`` rows: their sums fit the registers, as do few weights."""
     limit, sums = target.pixels(1), max(blocks * pixels for blocks, pixels in target.tiles)
     if taps <= KEPT_TAPS:

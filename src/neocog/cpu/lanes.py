@@ -72,6 +72,8 @@ class Emitter:
         For what is long and stands in many places: a register tile applies its activation to every
         accumulator, and compiling that many copies takes longer than the calls ever will.
         """
+        if self.lanes != self.target.lanes:
+            name = f"{name}_{self.lanes}"
         fn = self.module.globals.get(name)
         if fn is None:
             fn = ir.Function(self.module, ir.FunctionType(self.vector, [self.vector]), name)
