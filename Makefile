@@ -2,6 +2,8 @@
 # make test    the whole test suite
 # make check   what to run before every commit: lint, format, types, fast tests
 # make bench   how near the kernels come to the machine's peak; results go to benchmarks/
+# make peers   the engines neocog is raced against, into an environment of their own
+# make race    whole networks beside those engines, which takes hours; results go to benchmarks/
 # make install only the set-up, which all of the above do by themselves
 #
 # PYTHON=/path/to/python3.12 picks the interpreter; it has to be 3.11 or newer.
@@ -10,6 +12,7 @@
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PEERS := .venv-peers
 
 # The first interpreter on the path that is new enough; looked for only when .venv has to be made.
 CANDIDATES := python3 python3.13 python3.12 python3.11 python3.14 python
@@ -20,7 +23,7 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: install demo test check bench clean
+.PHONY: install demo test check bench peers race clean
 
 install: $(INSTALLED)
 
@@ -57,5 +60,16 @@ bench: install
 	$(BIN)/neocog bench --network --json benchmarks/network.json
 	$(BIN)/python benchmarks/contract.py --json benchmarks/contract.json
 
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: benchmarks/peers.txt pyproject.toml | $(BIN)/python
+	$(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --disable-pip-version-check -r benchmarks/peers.txt -e .
+	@touch $@
+
+race: install peers
+	$(BIN)/neocog bench --networks --peers $(PEERS)/bin/python \
+	  --json benchmarks/networks.json --plot benchmarks/networks.png
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

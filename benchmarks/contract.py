@@ -171,7 +171,7 @@ def _plans() -> list[direct.DirectPlan]:
 
 def direct_plan(block: Block) -> direct.DirectPlan:
     """The plan that ``chain`` uses for a block."""
-    return convolutions.direct_plan(host(), block.conv, 1, block.epilogue, False)
+    return convolutions.plan_of(host(), block.conv, block.epilogue)
 
 
 def compare(rounds: int, **contenders: Callable[[], object]) -> dict[str, float]:
