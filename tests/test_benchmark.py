@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from neocog import benchmark, network_benchmark, training
+from neocog.architectures import digits
 from neocog.benchmark import CALL, CASES, PROGRAM, TORCH, Case
 from neocog.cpu import peak
 from neocog.errors import NeocogError
@@ -207,7 +208,7 @@ def test_a_wrong_network_is_found(monkeypatch):
 
 
 def test_a_training_step_moves_the_weights():
-    network = network_benchmark.in_torch()
+    network = digits()
     before = [p.detach().clone() for p in network.parameters()]
     step = network_benchmark._step(network, torch.rand(4, 1, 28, 28), torch.arange(4))
     first = step()

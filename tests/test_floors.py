@@ -66,7 +66,7 @@ BESIDE = {
     "runs": "checkpoint data evaluation files images models plots shifts training",
     "layers": "sight",
     "tracing": "layers sight",
-    "network_benchmark": "models benchmark",
+    "network_benchmark": "architectures models benchmark",
     "contenders": "architectures",
     "race": "contenders",
     "diagnosis": "benchmark",

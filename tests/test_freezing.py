@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neocog
-from neocog import freezing
+from neocog import running
 from neocog.errors import InvalidModel, Unsupported
 
 BOUND = 5e-6
@@ -135,10 +135,10 @@ def test_two_callers_with_a_new_shape():
 
 def test_plans_are_bounded():
     model = neocog.freeze(nn.Sequential(tn.conv(3, 4), nn.ReLU()).eval(), tn.images())
-    for side in range(1, freezing.PLANS_KEPT + 4):
+    for side in range(1, running.PLANS_KEPT + 4):
         model(tn.images(1, side))
-    assert len(model.plans) == freezing.PLANS_KEPT
-    assert len(model._parameters.packed) <= freezing.PLANS_KEPT, "weights outlive their plans"
+    assert len(model.plans) == running.PLANS_KEPT
+    assert len(model._parameters.packed) <= running.PLANS_KEPT, "weights outlive their plans"
 
 
 def test_training_mode_is_refused():

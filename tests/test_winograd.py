@@ -65,7 +65,7 @@ class Case:
         w = convolutions.Weights.of(p.buffer("w"), (conv.in_channels * 9, 9, 3, 1), conv)
         plan = winograd_steps.plan_of(target, conv, block.epilogue, m)
         packed = p.scratch(winograd_steps.packed_elements(plan))
-        winograd_steps.pack(p, target, plan, w, packed)
+        winograd_steps.pack(p, target, conv, w, packed, m)
         winograd_steps.convolve(
             p, target, conv, self._x_map(p), packed, out, block.epilogue, self._extra(p), m
         )
@@ -276,7 +276,7 @@ def test_weights_of_any_strides_and_flipped():
     weights = convolutions.Weights.of(p.buffer("w"), (6 * 9, 9, 3, 1), conv).adjoint()
     plan = winograd_steps.plan_of(host(), adjoint)
     packed = p.scratch(winograd_steps.packed_elements(plan))
-    winograd_steps.pack(p, host(), plan, weights, packed)
+    winograd_steps.pack(p, host(), adjoint, weights, packed)
     out = Map.dense(p.buffer("out") + GUARD, 6, 9, 9)
     winograd_steps.convolve(p, host(), adjoint, case._x_map(p), packed, out)
     case.program, case.inputs["w"] = p, w

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +18,10 @@ from .errors import Unsupported
 from .freezing import Frozen
 from .parameters import Live
 from .reports import Report, report_of
-from .running import Plan, layout_of
+from .running import Plan, Plans, layout_of
 from .target import host
 
 log = logging.getLogger("neocog")
-
-PLANS_KEPT = 16
-"""Shapes whose programs one compiled graph keeps."""
 
 OPTIONS = {"strict": False, "exact": False}
 """Options and their defaults. ``strict``: raise instead of running a whole graph in PyTorch;
@@ -63,7 +59,7 @@ class LiveGraph:
         self.parameters = Live({}, host())
         self.tensors: list[weakref.ref[Tensor]] = []
         self.report = Report(whole="it has not been called yet")
-        self._plans: OrderedDict[tuple, Plan | None] = OrderedDict()
+        self._plans = Plans()
         _graphs.add(self)
 
     def __call__(self, *args: Any) -> Any:
@@ -83,15 +79,10 @@ class LiveGraph:
             return None
         layout = layout_of([t for t in tensors if not isinstance(t, nn.Parameter)])
         key = (layout, *(_kind(a) for a in args))
-        if key not in self._plans:
-            self._plans[key] = self._make(args, layout)
-            self.tensors = [weakref.ref(t) for t in tensors]
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return self._plans[key]
+        return self._plans.find(key, lambda: self._make(args, layout))
 
     def _make(self, args: Sequence[Any], layout: str) -> Plan | None:
+        self.tensors = [weakref.ref(a) for a in args if isinstance(a, Tensor)]
         device = next((a.device for a in args if _elsewhere(a)), None)
         if device is not None:
             self._hand_back(f"a tensor on {device}; kernels run on the CPU")

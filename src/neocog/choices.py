@@ -55,8 +55,7 @@ def pack(
 ) -> None:
     """The step that packs the weights."""
     if chosen in WINOGRAD:
-        plan = winograd_steps.plan_of(target, conv, m=WINOGRAD[chosen])
-        winograd_steps.pack(p, target, plan, weights, packed)
+        winograd_steps.pack(p, target, conv, weights, packed, WINOGRAD[chosen])
     else:
         convolutions.pack(p, target, conv, weights, packed)
 

@@ -9,11 +9,9 @@ from __future__ import annotations
 import functools
 
 from .convolutions import Weights, convolve, weight_gradient_steps
-from .cpu import copy
 from .cpu import epilogue as ep
 from .errors import Unsupported
-from .kernels import copy_kernel
-from .maps import Halo, Map, copy_out, deliver, halo_of, read, scratch_map, written
+from .maps import Halo, Map, clear_halo, copy_out, deliver, halo_of, read, scratch_map, written
 from .pools import pool_steps, unpool
 from .problem import Act, Add, Affine, Bias, Block, Pool, Pooling
 from .program import Place, Program
@@ -46,9 +44,7 @@ def forward(
     out = written(p, p.buffer("out"), out_layout, block.out_shape)
     fields: dict[str, Place | int] = {name: p.buffer(name) for name in params}
     if "residual" in extras:
-        residual = Map.dense(p.buffer("residual"), *block.conv_shape[1:])
-        fields |= {"residual": residual.place, "residual_image": residual.image,
-                   "residual_row": residual.row, "residual_pixel": residual.pixel}  # fmt: skip
+        fields |= Map.dense(p.buffer("residual"), *block.conv_shape[1:]).fields("residual")
     weights = Weights.of(p.buffer("w"), w_strides, conv)
     epilogue, winners = block.epilogue, None
     if pooled is not None and "before" in p.names:
@@ -146,17 +142,10 @@ def check_trainable(block: Block) -> None:
 
 def _undo_epilogue(p, target: Target, block: Block, act: Act, layouts, halo: Halo) -> Map:
     """The gradient of the convolution's output, with a halo, from the block's."""
-    conv, pooled = block.conv, block.pool
+    pooled = block.pool
     grad = read(p, target, p.buffer("grad"), layouts[0], block.out_shape)
     g, corner = scratch_map(p, block.conv_shape, halo)
-    _, channels, height, width = block.conv_shape
-    if not halo.empty:
-        p.step(
-            copy_kernel(copy.border, target), conv.batch,
-            out=corner, out_image=g.image, out_row=g.row, height=height,
-            top=halo.top, bottom=halo.bottom, left=halo.left * channels,
-            right=halo.right * channels, width_elements=width * channels,
-        )  # fmt: skip
+    clear_halo(p, target, g, corner, block.conv_shape, halo)
     pooling = pooled.step if pooled else None
     unpool(p, target, pooling, act, block.conv_shape, block.out_shape, grad, g, layouts[1])
     return g

@@ -280,7 +280,7 @@ def convolve_packed(
         if pooled is not None:
             _, _, rows, cols = pooled.out_shape
             fields |= {"pool_rows": rows, "pool_cols": cols, "cols": loop.cols}
-            fields |= _winner_fields(winners)
+            fields |= winners.fields("winners") if winners is not None else {}
             step = p.step(kernel(plan), blocks * conv.batch * rows, **fields)
             p.thread_scratch(step, "scratch", direct.scratch_rows(plan) * loop.cols * plan.width)
         else:
@@ -306,8 +306,8 @@ def _depthwise(
     groups, (_, (y, left)) = -(-rows // plan.heights[0]), phase.pairs[0]
     p.step(
         kernel(plan), conv.batch * groups,
-        x=x.place + (y * x.row + left * x.pixel), x_image=x.image, x_row=x.row, x_pixel=x.pixel,
-        w=packed, out=out.place, out_image=out.image, out_row=out.row, out_pixel=out.pixel,
+        **replace(x, place=x.place + (y * x.row + left * x.pixel)).fields("x"),
+        w=packed, **out.fields("out"),
         channels=conv.out_channels, groups=groups, tiles=wide + len(tail), wide=wide,
         **extra,
     )  # fmt: skip
@@ -358,17 +358,6 @@ def _phases(conv: Conv) -> list[_Taps]:
 
 def _groups(conv: Conv) -> int:
     return 1 if is_depthwise(conv) else conv.groups
-
-
-def _winner_fields(winners: Map | None) -> dict[str, Place | int]:
-    if winners is None:
-        return {}
-    return {
-        "winners": winners.place,
-        "winners_image": winners.image,
-        "winners_row": winners.row,
-        "winners_pixel": winners.pixel,
-    }
 
 
 def _pack_weights(p, target, plan, weights: Weights, taps, packed: Place, groups: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +11,8 @@ from torch import Tensor, nn
 from .capture import Captured, capture
 from .errors import InvalidModel, Unsupported
 from .parameters import Parameters
-from .running import Plan, layout_of
+from .running import Plan, Plans, layout_of
 from .target import host
-
-PLANS_KEPT = 16
-"""Shapes of arguments whose programs a frozen model keeps."""
 
 
 class Frozen:
@@ -27,24 +23,20 @@ class Frozen:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(t): name for name, t in tensors}
         self._parameters = Parameters({name: t for name, t in tensors}, host())
-        self._plans: OrderedDict[tuple, Plan] = OrderedDict()
+        self._plans = Plans()
         self.plan_for(example)
 
     @property
     def plans(self) -> list[Plan]:
-        """The plans of the shapes it has met, oldest first."""
-        return list(self._plans.values())
+        """The plans of the shapes it has met, the latest used last."""
+        return list(self._plans)
 
     def plan_for(self, args: Sequence[Tensor]) -> Plan:
         """The plan for arguments of these shapes and layouts; made when they are new."""
         layout = layout_of(args)
         key = (layout, *((a.shape, a.dtype) for a in args))
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = self._plans[key] = self._make(args, layout)
-            while len(self._plans) > PLANS_KEPT:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
+        plan = self._plans.find(key, lambda: self._make(args, layout))
+        assert plan is not None
         return plan
 
     def _make(self, args: Sequence[Tensor], layout: str) -> Plan:

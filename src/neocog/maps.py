@@ -35,6 +35,11 @@ class Map:
         """Without a halo."""
         return cls(place, height * width * channels, width * channels, channels)
 
+    def fields(self, name: str) -> dict[str, Place | int]:
+        """What a kernel that calls this map ``name`` wants to know: where it is, its strides."""
+        return {name: self.place, f"{name}_image": self.image, f"{name}_row": self.row,
+                f"{name}_pixel": self.pixel}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Halo:
@@ -81,6 +86,21 @@ def scratch_map(
     corner = p.scratch(batch * image, shared)
     inside = corner + (halo.top * row + halo.left * channels)
     return Map(inside, image, row, channels), corner
+
+
+def clear_halo(
+    p: Program, target: Target, m: Map, corner: Place, shape: Sequence[int], halo: Halo
+) -> None:
+    """Zero the halo of a map from :func:`scratch_map`, whose interior another step writes."""
+    if halo.empty:
+        return
+    batch, channels, height, width = shape
+    p.step(
+        copy_kernel(copy.border, target), batch,
+        out=corner, out_image=m.image, out_row=m.row, height=height,
+        top=halo.top, bottom=halo.bottom, left=halo.left * channels,
+        right=halo.right * channels, width_elements=width * channels,
+    )  # fmt: skip
 
 
 def read(

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import models
+from .architectures import digits
 from .benchmark import SAMPLE, TORCH, Times, WrongResult, interleave, whole_numbers
 from .cpu.runtime import thread_count
 from .execution import FORMATS
@@ -106,7 +107,7 @@ def contenders(case: NetworkCase) -> dict[str, Callable[[], Tensor]]:
     found = {}
     sides: tuple[tuple[dict[str, str], Callable[[], nn.Module]], ...] = (
         (OURS, lambda: models.parse(ARCHITECTURE)),
-        (TORCH, in_torch),
+        (TORCH, digits),
     )
     for names, make in sides:
         for layout, name in names.items():
@@ -118,20 +119,6 @@ def contenders(case: NetworkCase) -> dict[str, Callable[[], Tensor]]:
             network.to(memory_format=FORMATS[layout])  # type: ignore[call-overload]
             found[name] = _step(network, x, labels) if case.training else _inference(network, x)
     return found
-
-
-def in_torch() -> nn.Sequential:
-    """:data:`ARCHITECTURE` in torch.nn's modules, activations in place."""
-    return nn.Sequential(
-        nn.Conv2d(1, 32, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.Conv2d(32, 64, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(2),
-        nn.Flatten(),
-        nn.Linear(64 * 7 * 7, 10),
-    )
 
 
 def _inference(network: nn.Module, x: Tensor) -> Callable[[], Tensor]:

@@ -21,6 +21,11 @@ class Eager:
 
     nodes: list[Node]
 
+    @property
+    def reads(self) -> list[Node]:
+        """The nodes it reads, its own results among them."""
+        return [source for node in self.nodes for source in node.inputs]
+
 
 Stage = Native | Eager
 

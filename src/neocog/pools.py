@@ -23,10 +23,8 @@ def pool_steps(
     p.step(
         kernel(pool.PoolPlan(target, problem.step, channels, winners is not None)),
         problem.batch * rows,
-        x=x.place, x_image=x.image, x_row=x.row, x_pixel=x.pixel,
-        height=problem.height, width=problem.width,
-        out=out.place, out_image=out.image, out_row=out.row, out_pixel=out.pixel,
-        rows=rows, cols=cols, **fields,
+        **x.fields("x"), height=problem.height, width=problem.width,
+        **out.fields("out"), rows=rows, cols=cols, **fields,
     )  # fmt: skip
     p.work += problem.batch * channels * problem.height * problem.width
 
@@ -53,15 +51,13 @@ def unpool(
     if plan.reads_result:
         of = pooled_shape if plan.result_per_window else shape
         result = read(p, target, p.buffer("result"), result_layout, of)
-        fields |= {"result": result.place, "result_image": result.image,
-                   "result_row": result.row, "result_pixel": result.pixel}  # fmt: skip
+        fields |= result.fields("result")
     if pooling and plan.selects:
         fields |= {"winners": p.buffer("winners"), "winners_row": cols * channels,
                    "winners_pixel": channels}  # fmt: skip
     p.step(
         kernel(plan), pool_backward.items(plan, batch, rows),
-        grad=grad.place, grad_image=grad.image, grad_row=grad.row, grad_pixel=grad.pixel,
-        rows=rows, cols=cols, out=out.place, out_image=out.image, out_row=out.row,
-        out_pixel=out.pixel, height=height, width=width, **fields,
+        **grad.fields("grad"), rows=rows, cols=cols,
+        **out.fields("out"), height=height, width=width, **fields,
     )  # fmt: skip
     p.work += batch * channels * height * width

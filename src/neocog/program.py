@@ -155,6 +155,9 @@ class Program:
 
     def section(self, iterations: int = 1) -> None:
         """Steps from now on belong to a new section."""
+        last = self.sections[-1]
+        if last.first == len(self.steps) and last.scratch is None:
+            self.sections.pop()  # nothing happened in it: it would only cost a barrier
         made = Section(len(self.steps), iterations)
         if iterations > 1:
             made.scratch, made.buffer = Scratch(), self._new_buffer()
@@ -237,7 +240,14 @@ class Program:
         arena += stride * threads if self._thread_scratch else 0
         tables = [np.asarray(s.words(scratch.get(id(s), {})), np.int64) for s in self.steps]
         own = arena  # one section's own scratch is the next one's
-        steps, moves, words = [], [], []
+        steps = np.asarray(
+            [
+                (s.kernel.address, s.items, table.ctypes.data)
+                for s, table in zip(self.steps, tables, strict=True)
+            ],
+            np.int64,
+        ).reshape(-1, len(driver.STEP))
+        moves, words = [], []
         bounds = [*(s.first for s in self.sections[1:]), len(self.steps)]
         for section, stop in zip(self.sections, bounds, strict=True):
             private = section.private(threads)
@@ -247,19 +257,8 @@ class Program:
             if section.scratch:
                 made.append((section.buffer, ARENA, 4 * own, 0, 4 * size * private))
             moves.append(np.asarray(made, np.int64).reshape(-1, len(driver.MOVE)))
-            steps.append(
-                np.asarray(
-                    [
-                        (s.kernel.address, s.items, table.ctypes.data)
-                        for s, table in list(zip(self.steps, tables, strict=True))[
-                            section.first : stop
-                        ]
-                    ],
-                    np.int64,
-                ).reshape(-1, len(driver.STEP))
-            )
             words += [int(private), section.iterations, len(made), moves[-1].ctypes.data,
-                      len(steps[-1]), steps[-1].ctypes.data]  # fmt: skip
+                      stop - section.first, steps[section.first :].ctypes.data]  # fmt: skip
         buffers = FIRST_CALL_BUFFER + len(self.names)
         omp, line = runtime.openmp(), 8 * _lines(buffers + self._virtual)
         head = [len(self.sections), omp.parallel, omp.barrier, omp.thread_num, omp.num_threads,

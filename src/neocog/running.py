@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,30 @@ def layout_of(tensors: Sequence[Tensor]) -> str:
     return NHWC if any(prefers_channels_last(t) for t in tensors) else NCHW
 
 
+PLANS_KEPT = 16
+"""Shapes of arguments whose programs one model keeps."""
+
+
+class Plans:
+    """What has been made for each shape of arguments: the latest used, ``PLANS_KEPT`` at most."""
+
+    def __init__(self) -> None:
+        self._made: OrderedDict[Hashable, Plan | None] = OrderedDict()
+
+    def find(self, key: Hashable, make: Callable[[], Plan | None]) -> Plan | None:
+        """What was made for ``key``, or ``make()``, which may say that there is none."""
+        if key not in self._made:
+            self._made[key] = make()
+            while len(self._made) > PLANS_KEPT:
+                self._made.popitem(last=False)
+        self._made.move_to_end(key)
+        return self._made[key]
+
+    def __iter__(self) -> Iterator[Plan]:
+        """The plans, the latest used last."""
+        return (plan for plan in list(self._made.values()) if plan is not None)
+
+
 @dataclass
 class Plan:
     """The stages of one captured call, bound to weights."""
@@ -33,6 +58,8 @@ class Plan:
     captured: Captured
     network: Network
     stages: list[Stage]
+    inputs: list[Node]
+    """The tensors from outside that its stages read, or that it returns."""
     layout: str
     parameters: Parameters
     fixed: list[list[int]]
@@ -53,7 +80,9 @@ class Plan:
 
         network = fuse(captured.network, fuses_pool)
         made = stages(network, parameters.target, layout, exact)
-        plan = cls(captured, network, made, layout, parameters, [], [], [])
+        read = {node for stage in made for node in stage.reads} | set(network.outputs)
+        inputs = [node for node in network.nodes if node in read and isinstance(node.op, Input)]
+        plan = cls(captured, network, made, inputs, layout, parameters, [], [], [])
         for stage in made:
             packed = stage.packed if isinstance(stage, Native) else []
             vectors = stage.vectors if isinstance(stage, Native) else []
@@ -73,10 +102,10 @@ class Plan:
     def run(self, args: Mapping[str, Tensor]) -> Any:
         """The model's result for arguments of the captured shapes, by name."""
         values: dict[Node, Any] = {}
-        for node in self.network.nodes:
-            if isinstance(node.op, Input):
-                found = args.get(node.op.name)
-                values[node] = self.parameters.tensors[node.op.name] if found is None else found
+        for node in self.inputs:
+            assert isinstance(node.op, Input)
+            found = args.get(node.op.name)
+            values[node] = self.parameters.tensors[node.op.name] if found is None else found
         self.parameters.refresh(args)
         for number, stage in enumerate(self.stages):
             if isinstance(stage, Native):

@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from . import choices
-from .cpu import copy, elementwise, linear
+from .cpu import elementwise, linear
 from .cpu import epilogue as ep
-from .kernels import copy_kernel, kernel
-from .maps import NCHW, NHWC, Halo, Map, deliver, halo_of, read, scratch_map
+from .kernels import kernel
+from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, halo_of, read, scratch_map
 from .network import Concat, Flatten, Layer, Linear, Node, Pointwise
 from .network import Pooling as PoolNode
 from .pools import pool_steps
@@ -58,7 +58,11 @@ class Native:
     outputs: list[Node]
     packed: list[Packed]
     vectors: list[Vector]
-    nodes: list[Node]
+
+    @property
+    def reads(self) -> list[Node]:
+        """The nodes it reads."""
+        return self.inputs
 
 
 @dataclass
@@ -94,6 +98,7 @@ class Builder:
         inputs = list(dict.fromkeys(s for n in self.nodes for s in n.inputs if s not in own))
         outputs = [n for n in self.nodes if any(u not in own or u is n for u in self.uses[n])]
         self.outputs = set(outputs)
+        self.keys: dict[Node, Packed] = {}
         self.packed: dict[Packed, str] = {}
         self.vectors: dict[Vector, str] = {}
         for node in self.nodes:
@@ -106,7 +111,7 @@ class Builder:
         batch, cut = self.nodes[0].map_shape[0], self.seam
         self._run(self.nodes[:cut], 1, batch)
         self._run(self.nodes[cut:], batch, 1)
-        return Native(self.p, inputs, outputs, list(self.packed), list(self.vectors), self.nodes)
+        return Native(self.p, inputs, outputs, list(self.packed), list(self.vectors))
 
     def _run(self, nodes: list[Node], images: int, iterations: int) -> None:
         """Emit nodes, ``images`` of the batch at a time."""
@@ -139,7 +144,7 @@ class Builder:
     def _name_parameters(self, node: Node) -> None:
         op = node.op
         if isinstance(op, Layer):
-            key = Packed.of(self.target, op, self.exact)
+            key = self.keys[node] = Packed.of(self.target, op, self.exact)
             self.packed.setdefault(key, f"w{len(self.packed)}")
         for vector in _vectors(node).values():
             self.vectors.setdefault(vector, f"v{len(self.vectors)}")
@@ -157,16 +162,11 @@ class Builder:
         for node in self.nodes:
             first = 0
             for source in node.inputs if isinstance(node.op, Concat) else ():
-                if source in self.own and source not in found and self._can_be_slice(source):
+                own = source in self.own and not isinstance(source.op, Concat | Flatten)
+                if own and source not in found:
                     found[source] = (node, first)
                 first += source.map_shape[1]
         return found
-
-    def _can_be_slice(self, node: Node) -> bool:
-        # A convolution is compiled for maps that have no channels but its own.
-        return not isinstance(node.op, Concat | Flatten) and not any(
-            isinstance(user.op, Layer) for user in self.uses[node]
-        )
 
     def _halo(self, node: Node) -> Halo:
         """What the readers of a map reach beyond it."""
@@ -199,20 +199,9 @@ class Builder:
                 self.full[node] = m
                 m = replace(m, place=self._moving(m.place, m.image))
                 corner = self._moving(corner, m.image)
-            self._clear(corner, m, self._shape(node), halo)
+            clear_halo(self.p, self.target, m, corner, self._shape(node), halo)
             self.maps[node] = m
         return self.maps[node]
-
-    def _clear(self, corner: Place, m: Map, shape: Sequence[int], halo: Halo) -> None:
-        batch, channels, height, width = shape
-        if halo.empty:
-            return
-        self.p.step(
-            copy_kernel(copy.border, self.target), batch,
-            out=corner, out_image=m.image, out_row=m.row, height=height,
-            top=halo.top, bottom=halo.bottom, left=halo.left * channels,
-            right=halo.right * channels, width_elements=width * channels,
-        )  # fmt: skip
 
     def _after(self, node: Node) -> None:
         """Count readers; release what nobody reads any more."""
@@ -297,25 +286,19 @@ class Builder:
 
     def _elementwise(self, kind, steps, sources, to: Map, shape, parameters) -> None:
         batch, channels, height, width = shape
-        fields: dict[str, Place | int] = dict(parameters)
+        fields: dict[str, Place | int] = {**parameters, **to.fields("out")}
         for letter, m in zip("ab", sources, strict=False):
-            fields |= {letter: m.place, f"{letter}_image": m.image, f"{letter}_row": m.row,
-                       f"{letter}_pixel": m.pixel}  # fmt: skip
+            fields |= m.fields(letter)
         plan = elementwise.ElementwisePlan(self.target, channels, kind, steps)
-        self.p.step(
-            kernel(plan), batch * height, out=to.place, out_image=to.image, out_row=to.row,
-            out_pixel=to.pixel, rows=height, cols=width, **fields,
-        )  # fmt: skip
+        self.p.step(kernel(plan), batch * height, rows=height, cols=width, **fields)
         self.p.work += batch * channels * height * width
 
     def _layer(self, node: Node, op: Layer) -> None:
         conv, steps = replace(op.block.conv, batch=self.images), op.block.epilogue
         extra = self._parameters(node)
         if ep.adds_residual(steps):
-            r = self.maps[node.inputs[1]]
-            extra |= {"residual": r.place, "residual_image": r.image,
-                      "residual_row": r.row, "residual_pixel": r.pixel}  # fmt: skip
-        key = Packed.of(self.target, op, self.exact)
+            extra |= self.maps[node.inputs[1]].fields("residual")
+        key = self.keys[node]
         packed = self.p.buffer(self.packed[key])
         x, out = self.maps[node.inputs[0]], self.maps[node]
         choices.convolve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from .convolutions import Weights
@@ -80,14 +81,13 @@ def plan_of(
     stage: str = "whole",
 ) -> WinogradPlan:
     """The plan of the kernel that does one stage of ``conv``."""
-    plan = WinogradPlan(target, conv.in_channels, conv.out_channels, m)
+    channels, out_channels = conv.in_channels, conv.out_channels
     if stage == "input":  # the same for every number of output channels, and for every epilogue
-        return WinogradPlan(target, conv.in_channels, 1, m, (), stage)
+        return WinogradPlan(target, channels, 1, m, (), stage)
     if stage == "output":
-        return WinogradPlan(target, 1, conv.out_channels, m, epilogue, stage)
-    return WinogradPlan(
-        target, plan.channels, plan.out_channels, m, epilogue if stage == "whole" else (), stage
-    )
+        return WinogradPlan(target, 1, out_channels, m, epilogue, stage)
+    steps = epilogue if stage == "whole" else ()
+    return WinogradPlan(target, channels, out_channels, m, steps, stage)
 
 
 def packed_elements(plan: WinogradPlan) -> int:
@@ -95,14 +95,12 @@ def packed_elements(plan: WinogradPlan) -> int:
     return plan.planes * plan.groups * plan.panel
 
 
-def pack(p: Program, target: Target, plan: WinogradPlan, weights: Weights, packed: Place) -> None:
+def pack(
+    p: Program, target: Target, conv: Conv, weights: Weights, packed: Place, m: int = 4
+) -> None:
     """The step that transforms weights into U, for :func:`convolve` of any size and epilogue."""
-    taps = [
-        weights.rows * (TAPS - 1 - y if weights.flipped else y)
-        + weights.cols * (TAPS - 1 - x if weights.flipped else x)
-        for y in range(TAPS)
-        for x in range(TAPS)
-    ]
+    plan = plan_of(target, conv, m=m)
+    taps = [weights.tap(conv, y, x) for y in range(TAPS) for x in range(TAPS)]
     p.step(
         copy_kernel(pack_winograd, target, plan.channels, plan.out_channels, plan.m),
         plan.groups * plan.channels,
@@ -182,9 +180,7 @@ def convolve(
         "tiles": tiles, "tiles_y": down, "tiles_x": across,
         "rows": conv.out_shape[2], "cols": conv.out_shape[3],
     }  # fmt: skip
-    into = {"x": corner, "x_image": x.image, "x_row": x.row, "x_pixel": x.pixel}
-    to = {"out": out.place, "out_image": out.image, "out_row": out.row, "out_pixel": out.pixel}
-    to |= extra
+    into, to = replace(x, place=corner).fields("x"), {**out.fields("out"), **extra}
     whole = plan_of(target, conv, epilogue, m)
     if tiles > STAGED_TILES:
         _blocks(p, whole, tiles, packed, grid | into | to)

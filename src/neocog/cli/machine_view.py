@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
@@ -16,6 +15,7 @@ from ..benchmark import CALL, PROGRAM, Case, Row
 from ..diagnosis import cpu_name
 from ..network_benchmark import ARCHITECTURE, NetworkCase, NetworkRow
 from ..target import host
+from .shared import plain_table
 
 WIDTH = 132
 """Columns of a table that goes into a file or a pipe."""
@@ -117,15 +117,7 @@ def _network_cells(row: NetworkRow) -> Cells:
 
 
 def _table(title: str, first: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(title, show_edge=False)
     table.add_column(first, overflow="fold")
     for name in columns:
         table.add_column(name, justify="right", no_wrap=True)

@@ -9,7 +9,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
@@ -32,6 +31,7 @@ from ..race import (
     geometric_mean,
     standings,
 )
+from .shared import plain_table
 
 WIDTH = 150
 """Columns of a table that goes into a file or a pipe."""
@@ -193,15 +193,7 @@ def _seconds(row: Row) -> str:
 
 
 def _table(title: str, columns: Sequence[str]) -> Table:
-    table = Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        show_edge=False,
-    )
+    table = plain_table(title, show_edge=False)
     table.add_column("network", overflow="fold")
     for name in columns:
         table.add_column(name.replace("-", " "), justify="right")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 BAR = 24
 """Characters of a bar of 100 %."""
@@ -35,6 +38,16 @@ def use_threads(threads: int | None) -> None:
 def print_json(value: Any) -> None:
     """Prints a value as JSON, which knows no NaN."""
     typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def plain_table(title: str, **more: Any) -> Table:
+    """A table with a line under its head and nothing around it."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    look: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": SIMPLE_HEAD,
+                            "padding": (0, 1, 0, 0), "pad_edge": False}  # fmt: skip
+    return Table(title=title, **look, **more)
 
 
 def percent(share: float) -> str:

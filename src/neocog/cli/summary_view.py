@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -13,6 +12,7 @@ from rich.text import Text
 from ..layers import LayerInfo, Stage, size_text
 from ..problem import Conv, Pool
 from ..sight import Beyond, Field
+from .shared import plain_table
 
 _LISTED = 4  # indices of unreached rows or columns before the rest is only counted
 
@@ -165,12 +165,4 @@ def _notes(notes: Sequence[str]) -> list[RenderableType]:
 
 
 def _table(title: str) -> Table:
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-        header_style="dim",
-    )
+    return plain_table(title, header_style="dim")

@@ -72,8 +72,7 @@ class DepthwisePlan:
         """A name for the listing."""
         kernel = f"{self.size[0]}x{self.size[1]}s{self.stride[0]}x{self.stride[1]}"
         tile = f"{self.heights[0]}x{self.tiles[0]}v{self.target.lanes}"
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"depthwise_{kernel}_{tile}{steps}"
+        return f"depthwise_{kernel}_{tile}{ep.spelled(self.epilogue)}"
 
 
 def plan_for(target: Target, conv: Conv, size: Axes, epilogue: tuple[Step, ...]) -> DepthwisePlan:

@@ -58,8 +58,9 @@ class DirectPlan(TiledPlan):
         kind = "depthwise" if self.depthwise else "direct"
         tile = f"{self.tiles[0]}x{self.blocks}v{self.target.lanes}"
         chunk = f"/{self.chunk}" if self.chunk else ""
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"{kind}_c{self.channels}{chunk}k{self.out_channels}_{tile}{steps}"
+        return (
+            f"{kind}_c{self.channels}{chunk}k{self.out_channels}_{tile}{ep.spelled(self.epilogue)}"
+        )
 
 
 def tile_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:

@@ -50,8 +50,7 @@ class ElementwisePlan:
     @property
     def name(self) -> str:
         """A name for the listing."""
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.steps)
-        return f"{self.kind}_c{self.channels}{steps}"
+        return f"{self.kind}_c{self.channels}{ep.spelled(self.steps)}"
 
 
 def fields(plan: ElementwisePlan) -> tuple[str, ...]:

@@ -133,6 +133,11 @@ def parameters(epilogue: Sequence[Step]) -> tuple[str, ...]:
     return tuple(n for step in epilogue for n in names.get(type(step), ()))
 
 
+def spelled(epilogue: Sequence[Step]) -> str:
+    """The kinds of the steps for a kernel's name: ``+bias+relu``."""
+    return "".join("+" + str(step).split()[0].split("(")[0] for step in epilogue)
+
+
 def adds_residual(epilogue: Sequence[Step]) -> bool:
     """Whether a step adds a residual."""
     return any(isinstance(step, Add) for step in epilogue)

@@ -55,8 +55,7 @@ class LinearPlan:
     @property
     def name(self) -> str:
         """A name for the listing."""
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"linear_v{self.target.lanes}{steps}"
+        return f"linear_v{self.target.lanes}{ep.spelled(self.epilogue)}"
 
     @property
     def images(self) -> int:

@@ -115,8 +115,8 @@ class WinogradPlan:
     @property
     def name(self) -> str:
         """A name for the listing."""
-        steps = "".join("+" + str(s).split()[0].split("(")[0] for s in self.epilogue)
-        return f"winograd{self.m}_{self.stage}_c{self.channels}k{self.out_channels}{steps}"
+        shape = f"c{self.channels}k{self.out_channels}"
+        return f"winograd{self.m}_{self.stage}_{shape}{ep.spelled(self.epilogue)}"
 
 
 GRID = ("tiles", "tiles_y", "tiles_x", "rows", "cols")
