@@ -116,8 +116,29 @@ def test_two_callers_at_once(frozen):
     assert not wrong
 
 
+def test_callers_with_more_shapes_than_are_kept():
+    """One drops plans while another looks them up."""
+    model, sides = (
+        neocog.freeze(tn.make("pools"), tn.images()),
+        range(8, 8 + running.PLANS_KEPT + 4),
+    )
+    expected, right = {side: model(tn.images(1, side)) for side in sides}, []
+
+    def call() -> None:
+        for side in sides:
+            right.append(same(model(tn.images(1, side)), expected[side]))
+
+    callers = [threading.Thread(target=call) for _ in range(3)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert right == [True] * 3 * len(sides)
+    assert len(model.plans) == running.PLANS_KEPT
+
+
 def test_two_callers_with_a_new_shape():
-    """Both make the plan; either is right."""
+    """One makes the plan, the other waits for it."""
     model, results = neocog.freeze(tn.make("vectors"), tn.images()), []
     x = tn.images(3, 8)
 

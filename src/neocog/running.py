@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,15 +37,17 @@ class Plans:
 
     def __init__(self) -> None:
         self._made: OrderedDict[Hashable, Plan | None] = OrderedDict()
+        self._lock = threading.RLock()  # callers in other threads may drop what is looked up here
 
     def find(self, key: Hashable, make: Callable[[], Plan | None]) -> Plan | None:
         """What was made for ``key``, or ``make()``, which may say that there is none."""
-        if key not in self._made:
-            self._made[key] = make()
-            while len(self._made) > PLANS_KEPT:
-                self._made.popitem(last=False)
-        self._made.move_to_end(key)
-        return self._made[key]
+        with self._lock:
+            if key not in self._made:
+                self._made[key] = make()
+                while len(self._made) > PLANS_KEPT:
+                    self._made.popitem(last=False)
+            self._made.move_to_end(key)
+            return self._made[key]
 
     def __iter__(self) -> Iterator[Plan]:
         """The plans, the latest used last."""
