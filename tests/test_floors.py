@@ -42,7 +42,7 @@ BESIDE = {
     "maps": "kernels program",
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
-    "compiler": "convolutions kernels maps pools program",
+    "compiler": "convolutions maps pools program",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
     "choices": "convolutions program winograd_steps",
