@@ -17,7 +17,7 @@ from .cpu.tiling import all_sizes, best_blocks, blocks_for, cover, even_sizes, m
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
-from .problem import Block, Conv, Step
+from .problem import Block, Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
 
@@ -29,6 +29,9 @@ CHUNK = 1 << 14
 
 SUMS = 1 << 14
 """float32 elements of the sums that wait in scratch while chunks are added."""
+
+NARROW = 4
+"""An input is narrow if the output has more than this many times its channels."""
 
 SHARING = 7
 """Tiles that use a chunk of weights before the next is worth fetching."""
@@ -204,8 +207,8 @@ def packed_elements(target: Target, conv: Conv) -> int:
 def pack(p: Program, target: Target, conv: Conv, weights: Weights, packed: Place) -> None:
     """The step that brings weights into the order the kernel of ``conv`` reads.
 
-    The order depends on the target and on all of ``conv`` but its batch; neither on the epilogue
-    nor on the maps: weights that do not change are packed once.
+    The order depends on the target, the channels and the windows of ``conv``; on no other size, nor
+    on the epilogue or the maps: weights that do not change are packed once.
     """
     taps = [weights.tap(conv, *tap) for phase in _phases(conv) for tap, _ in phase.pairs]
     _pack_weights(p, target, plan_of(target, conv), weights, taps, packed, _groups(conv))
@@ -278,27 +281,17 @@ def convolve_packed(
             **extra, **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
         }  # fmt: skip
         if pooled is not None:
-            _, _, rows, cols = pooled.out_shape
-            fields |= {"pool_rows": rows, "pool_cols": cols, "cols": loop.cols}
+            fields |= {"cols": loop.cols}
             fields |= winners.fields("winners") if winners is not None else {}
-            step = p.step(kernel(plan), blocks * conv.batch * rows, **fields)
-            p.thread_scratch(step, "scratch", direct.scratch_rows(plan) * loop.cols * plan.width)
+            _pooled_step(p, plan, fields, blocks, pooled)
         else:
             _share_out(p, plan, fields, blocks, taps)
         done += len(offsets)
     p.work += conv.multiply_adds
 
 
-def _depthwise(
-    p: Program,
-    target: Target,
-    conv: Conv,
-    x: Map,
-    packed: Place,
-    out: Map,
-    epilogue: tuple[Step, ...],
-    extra: Mapping[str, Place | int],
-) -> None:
+def _depthwise(p: Program, target: Target, conv: Conv, x: Map, packed: Place, out: Map,
+               epilogue: tuple[Step, ...], extra: Mapping[str, Place | int]) -> None:  # fmt: skip
     (phase,) = _phases(conv)
     rows, cols = phase.rows.count, phase.cols.count
     plan = depthwise.plan_for(target, conv, (rows, cols), epilogue)
@@ -329,6 +322,15 @@ def _residual_map(extra: Mapping[str, Place | int]) -> Map:
     return Map(cast(Place, extra["residual"]), *strides)
 
 
+def _pooled_step(
+    p: Program, plan: direct.DirectPlan, fields: dict[str, Any], blocks: int, pooled: Pool
+) -> None:
+    _, _, rows, cols = pooled.out_shape
+    items = blocks * pooled.batch * rows
+    step = p.step(kernel(plan), items, pool_rows=rows, pool_cols=cols, **fields)
+    p.thread_scratch(step, "scratch", direct.scratch_rows(plan) * fields["cols"] * plan.width)
+
+
 def _share_out(
     p: Program, plan: direct.DirectPlan, fields: dict[str, Any], blocks: int, taps: int
 ) -> None:
@@ -338,15 +340,18 @@ def _share_out(
         most, least = max(1, SUMS // (plan.tiles[0] * plan.width)), SHARING
     else:
         most, least = max(1, min(8, CHUNK // (plan.tiles[0] * plan.channels))), 1
+    small = blocks * taps * plan.channels * plan.width <= PANEL
+    # Reading a narrow input once per block costs less than writing all blocks' outputs in turn.
+    narrow = NARROW * plan.channels < plan.out_channels
+    together = blocks if small and not (narrow or plan.chunk) and total >= ITEMS else 1
+    blocks //= together
     runs = max(-(-total // most), min(total // least, -(-ITEMS // blocks)), 1)
     run = max(1, -(-total // runs))
     runs = -(-total // run)
-    small = blocks * taps * plan.channels * plan.width <= PANEL
-    inside = not plan.chunk and blocks > 1 and small
-    step = p.step(
-        kernel(plan), blocks * runs, **fields,
-        run=run, inside=blocks if inside else max(1, runs), blocks_inside=int(inside),
-    )  # fmt: skip
+    fields |= {"run": run, "runs": max(1, runs)}
+    if not plan.chunk:
+        fields["blocks"] = together
+    step = p.step(kernel(plan), blocks * runs, **fields)
     if plan.chunk:
         p.thread_scratch(step, "sums", run * plan.tiles[0] * plan.width)
 

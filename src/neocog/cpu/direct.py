@@ -22,9 +22,10 @@ all pixels of the work item, whose sums wait in scratch, while the next chunk is
     for tiles:  out[tile] = epilogue(sums[tile])
 
 Input: NHWC with its halo. Weights: see ``copy.pack_weights``. The tiles of all rows of all images
-are one list; a work item is a run of them for one block of NB vectors (or, if the epilogue pools, a
-pooled row for one block). Runs vary fastest, so that a thread keeps one block's weights in its
-cache, or blocks do (``blocks_inside``), so that it reads its input once.
+are one list. A work item is a run of them for one block of NB vectors, runs fastest, so that a
+thread keeps one block's weights in its cache; or, where the cache holds the weights of all
+``blocks``, a run for all of them, block after block for each tile, so that a thread reads its input
+and writes its output once and in order. If the epilogue pools, it is a pooled row for one block.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def fields(plan: DirectPlan) -> tuple[str, ...]:
     if plan.chunk:
         names += ["sums*", "sums_stride"]
     if not ep.pooling_of(plan.epilogue):
-        return (*names, "run", "inside", "blocks_inside")
+        return (*names, "run", "runs", *(() if plan.chunk else ("blocks",)))
     names += ["scratch*", "scratch_stride", "cols", "pool_rows", "pool_cols"]
     if plan.winners:
         names += ["winners*", "winners_image", "winners_row", "winners_pixel"]
@@ -166,26 +167,29 @@ def _each_tile(
 # ------------------------------------------------------------------------------------- items
 
 
-def _item(e: Emitter, plan: DirectPlan, f: SimpleNamespace, item) -> tuple:
-    """(block, first tile, number of tiles) of a work item."""
-    outer, inner = e.divmod(item, f.inside)
-    blocks_inside = e.equal(f.blocks_inside, 1)
-    block = e.b.select(blocks_inside, inner, outer)
-    first = e.mul(e.b.select(blocks_inside, outer, inner), f.run)
+def _item(e: Emitter, f: SimpleNamespace, item) -> tuple[Int, Int, Int]:
+    """(first block, first tile, number of tiles) of a work item."""
+    block, number = e.divmod(item, f.runs)
+    first = e.mul(number, f.run)
     total = e.mul(e.mul(f.batch, f.rows), f.tiles)
-    return _block(e, plan, f, block), first, e.min(f.run, e.sub(total, first))
+    return block, first, e.min(f.run, e.sub(total, first))
 
 
 def _plain_item(e: Emitter, plan: DirectPlan, whole, f: SimpleNamespace, item) -> None:
-    at, first, count = _item(e, plan, f, item)
+    block, first, count = _item(e, f, item)
 
     def visit(_: Int, image: Int, row: Int, tile: Int) -> None:
         pixel, kind = _tile(e, plan, f, tile)
-        x = e.at(_row_of(e, f, "x", at.x, image, row), e.mul(pixel, plan.pixel_step))
-        out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
-        args = [x, at.w, f.taps, f.n_taps, out, f.out_pixel, at.valid, *at.parameters]
-        args += _residual(e, plan, f, at, image, row, pixel)
-        _by_size(e, whole, kind, args)
+
+        def one(number: Int) -> None:
+            at = _block(e, plan, f, e.add(block, number))
+            x = e.at(_row_of(e, f, "x", at.x, image, row), e.mul(pixel, plan.pixel_step))
+            out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
+            args = [x, at.w, f.taps, f.n_taps, out, f.out_pixel, at.valid, *at.parameters]
+            args += _residual(e, plan, f, at, image, row, pixel)
+            _by_size(e, whole, kind, args)
+
+        e.loop(0, f.blocks, one)
 
     _each_tile(e, f, first, count, visit)
 
@@ -199,7 +203,8 @@ def _residual(e: Emitter, plan: DirectPlan, f, at, image: Int, row: Int, pixel: 
 
 
 def _chunked_item(e: Emitter, plan: DirectPlan, chunks, whole, f, item, sums) -> None:
-    at, first, count = _item(e, plan, f, item)
+    block, first, count = _item(e, f, item)
+    at = _block(e, plan, f, block)
     tile_size, size = plan.tiles[0] * plan.width, plan.chunk * plan.width
     e.zero_fill(sums, e.mul(count, tile_size))
 
