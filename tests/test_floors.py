@@ -30,7 +30,8 @@ FLOORS = {
     9: (
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
-        "sight layers tracing benchmark network_benchmark diagnosis architectures contenders race"
+        "sight layers tracing benchmark network_benchmark diagnosis architectures layer_times "
+        "contenders race"
     ),
     10: "cli __main__",
 }
@@ -45,7 +46,7 @@ BESIDE = {
     "compiler": "convolutions maps pools program",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
-    "choices": "convolutions program winograd_steps",
+    "choices": "convolutions maps program winograd_steps",
     "stages": "choices kernels maps pools program",
     "partition": "choices stages",
     "parameters": "choices convolutions kernels program stages",
@@ -69,6 +70,7 @@ BESIDE = {
     "network_benchmark": "architectures models benchmark",
     "contenders": "architectures",
     "race": "contenders",
+    "layer_times": "benchmark",
     "diagnosis": "benchmark",
     "__main__": "cli",
 }

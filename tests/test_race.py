@@ -316,7 +316,7 @@ def test_rows_are_kept_case_by_case(
         (("--engines", "eager,cudnn"), "--engines cudnn: expected some of eager, "),
         (("--filter", "alexnet"), "--filter 'alexnet'"),
         (("--rounds", "0"), "--rounds 0: expected at least 1"),
-        (("--blocks",), "--networks: alone, without --blocks and --network"),
+        (("--blocks",), "--networks: alone, without other things to measure"),
         (("--plot", "no/such/folder/x.png"), "--plot no/such/folder/x.png: there is no folder"),
     ],
 )

@@ -46,6 +46,19 @@ SHAPES = (
     "conv n5 c20x17x14 k36 3x3 p1",
 )
 
+STRIDED = (
+    "conv n1 c3x15x18 k19 7x7 s2x2 p3",
+    "conv n2 c1x9x6 k5 3x3 s2x2 p1",
+    "conv n3 c4x13x11 k17 5x5 s2x2 p2",
+    "conv n1 c3x37x40 k19 7x7 s2x2 p3,2,1,3",
+    "conv n1 c8x1x1 k4 3x3 s2x2 p1",
+    "conv n2 c8x12x9 k19 3x3 s2x2 p1",
+    "conv n1 c16x19x14 k36 5x5 s2x2 p2",
+    "conv n1 c24x16x23 k7 7x7 s2x2 p0,1,3,2",
+    "conv n3 c32x33x35 k16 3x3 s2x2 p1",
+    "conv n1 c72x10x10 k70 3x3 s2x2",
+)
+
 
 class Case:
     """One block as a program on guarded NHWC tensors with the halo its taps reach."""
@@ -53,7 +66,7 @@ class Case:
     def __init__(self, block: Block, target: Target, m: int, seed: int = 0, pixel: int = 0):
         self.block, conv = block, block.conv
         self.inputs = kt.block_inputs(block, kt.normals)
-        self.halo = maps.halo_of(conv)
+        self.halo = maps.Halo() if winograd_steps.folds(conv) else maps.halo_of(conv)
         self.pixel = conv.in_channels + pixel
         names = [name for name in self.inputs if name != "grad"]
         self.names = (*names, "out")
@@ -62,7 +75,9 @@ class Case:
         n, k, oh, ow = block.out_shape
         out = Map(p.buffer("out") + GUARD, oh * ow * self.out_pixel, ow * self.out_pixel,
                   self.out_pixel)  # fmt: skip
-        w = convolutions.Weights.of(p.buffer("w"), (conv.in_channels * 9, 9, 3, 1), conv)
+        size = conv.rows.size
+        strides = (conv.in_channels * size**2, size**2, size, 1)
+        w = convolutions.Weights.of(p.buffer("w"), strides, conv)
         plan = winograd_steps.plan_of(target, conv, block.epilogue, m)
         packed = p.scratch(winograd_steps.packed_elements(plan))
         winograd_steps.pack(p, target, conv, w, packed, m)
@@ -140,8 +155,11 @@ def check(line: str, target: Target, m: int, pixel: int = 0) -> None:
     assert (error <= BOUND * scale).all(), f"{error.max() / scale} of the largest: {context}"
 
 
-@pytest.mark.parametrize("m", (2, 4))
-def test_the_matrices_are_exact(m):
+SIZES = [(m, taps) for m in (2, 4) for taps in (2, 3, 4)]
+
+
+@pytest.mark.parametrize(("m", "taps"), SIZES)
+def test_the_matrices_are_exact(m, taps):
     def product(a, b):
         return [[sum((x * y for x, y in zip(r, c, strict=True)), Fraction(0))
                  for c in zip(*b, strict=True)] for r in a]  # fmt: skip
@@ -149,22 +167,29 @@ def test_the_matrices_are_exact(m):
     def transposed(a):
         return list(zip(*a, strict=True))
 
-    rng = np.random.default_rng(m)
-    a, g, b = transforms.output_matrix(m), transforms.weight_matrix(m), transforms.input_matrix(m)
-    d = [[Fraction(int(v)) for v in row] for row in rng.integers(-9, 10, (m + 2, m + 2))]
-    w = [[Fraction(int(v)) for v in row] for row in rng.integers(-9, 10, (3, 3))]
-    u, v = product(product(g, w), transposed(g)), product(product(b, d), transposed(b))
-    products = [[x * y for x, y in zip(r, s, strict=True)] for r, s in zip(u, v, strict=True)]
-    ours = product(product(a, products), transposed(a))
-    taps = list(itertools.product(range(3), repeat=2))
-    for y, x in itertools.product(range(m), repeat=2):
-        assert ours[y][x] == sum(w[i][j] * d[y + i][x + j] for i, j in taps)
+    def whole(rng, size):
+        return [[Fraction(int(v)) for v in row] for row in rng.integers(-9, 10, (size, size))]
+
+    for outputs in range(1, m + 1):
+        rng = np.random.default_rng(m)
+        a, b = (f(m, taps, outputs) for f in (transforms.output_matrix, transforms.input_matrix))
+        used = transforms.indices(m, taps, outputs)
+        g = [transforms.weight_matrix(m, taps)[i] for i in used]
+        d, w = whole(rng, outputs + taps - 1), whole(rng, taps)
+        u, v = product(product(g, w), transposed(g)), product(product(b, d), transposed(b))
+        products = [[x * y for x, y in zip(r, s, strict=True)] for r, s in zip(u, v, strict=True)]
+        ours = product(product(a, products), transposed(a))
+        places = list(itertools.product(range(taps), repeat=2))
+        for y, x in itertools.product(range(outputs), repeat=2):
+            assert ours[y][x] == sum(w[i][j] * d[y + i][x + j] for i, j in places)
 
 
-@pytest.mark.parametrize("m", (2, 4))
-def test_the_matrices_of_data_are_exact_in_float32(m):
-    for matrix in (transforms.input_matrix(m), transforms.output_matrix(m)):
-        assert all(Fraction(float(np.float32(float(c)))) == c for row in matrix for c in row)
+@pytest.mark.parametrize(("m", "taps"), SIZES)
+def test_the_matrices_of_data_are_exact_in_float32(m, taps):
+    for outputs in range(1, m + 1):
+        for make in (transforms.input_matrix, transforms.output_matrix):
+            entries = [c for row in make(m, taps, outputs) for c in row]
+            assert all(Fraction(float(np.float32(float(c)))) == c for c in entries)
 
 
 @pytest.mark.parametrize("m", (2, 4))
@@ -172,6 +197,20 @@ def test_the_matrices_of_data_are_exact_in_float32(m):
 @pytest.mark.parametrize("line", SHAPES)
 def test_shapes(line, target, m):
     check(f"{line} | bias | relu", target, m)
+
+
+@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
+@pytest.mark.parametrize("line", STRIDED)
+def test_strides(line, target, m):
+    check(f"{line} | bias | relu", target, m)
+
+
+@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("rows", range(1, 10))
+def test_every_end_of_a_map(rows, m):
+    for cols in range(1, 10):
+        check(f"conv n2 c3x{rows}x{cols} k5 3x3 p1 | relu", host(), m)
 
 
 @pytest.mark.parametrize("m", (2, 4))
@@ -301,7 +340,7 @@ def test_the_cost_tells_where_winograd_pays():
     (
         "conv n1 c4x8x8 k4 1x1",
         "conv n1 c4x8x8 k4 5x5 p2",
-        "conv n1 c4x8x8 k4 3x3 s2x2 p1",
+        "conv n1 c5x8x8 k4 3x3 s2x2 p1",
         "conv n1 c4x8x8 k4 3x3 s1x2 p1",
         "conv n1 c4x8x8 k4 3x3 p2 d2",
         "conv n1 c4x8x8 k4 3x3 p1 g2",

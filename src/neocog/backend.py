@@ -67,8 +67,7 @@ class LiveGraph:
         plan = self._plan_for(args)
         if plan is None:
             return self.gm(*args)
-        with torch.no_grad():
-            return plan.run({f"arg{i}": a for i, a in enumerate(args) if isinstance(a, Tensor)})
+        return plan.run({f"arg{i}": a for i, a in enumerate(args) if isinstance(a, Tensor)})
 
     def _plan_for(self, args: Sequence[Any]) -> Plan | None:
         tensors = [a for a in args if isinstance(a, Tensor)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import convolutions, winograd_steps
 from .convolutions import Weights
+from .maps import Halo, halo_of
 from .problem import Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
@@ -12,6 +13,9 @@ DIRECT = "direct"
 
 WINOGRAD = {"winograd4": 4, "winograd2": 2}
 """Name -> m, the side of an output tile."""
+
+PLANES = 4
+"""Up to so many channels of an input are read as the planes they come as."""
 
 DIRECT_SHARE = 0.9
 """Share of the processor's peak that direct convolution reaches on layers Winograd covers."""
@@ -42,6 +46,20 @@ def fuses_pool(
     return algorithm(target, conv, (*epilogue, pool.step), exact) == without
 
 
+def halo(conv: Conv, chosen: str) -> Halo:
+    """What the algorithm reads around its input, in zeros."""
+    if chosen in WINOGRAD and winograd_steps.folds(conv):
+        return Halo()
+    return halo_of(conv)
+
+
+def reads_planes(conv: Conv, chosen: str) -> bool:
+    """Whether the algorithm reads inputs of few channels as the planes that NCHW has."""
+    if conv.in_channels > PLANES or conv.groups != 1:
+        return False
+    return chosen == DIRECT or winograd_steps.folds(conv)
+
+
 def packed_elements(target: Target, conv: Conv, chosen: str) -> int:
     """float32 elements of the packed weights."""
     if chosen in WINOGRAD:
@@ -61,10 +79,16 @@ def pack(
 
 
 def convolve(p: Program, target: Target, conv: Conv, chosen: str, x, packed: Place, out, epilogue,
-             extra) -> None:  # fmt: skip
-    """The steps of one convolution with its epilogue on packed weights."""
+             extra, plane: int = 0) -> None:  # fmt: skip
+    """The steps of one convolution with its epilogue on packed weights.
+
+    ``plane``: elements between the channels of ``x`` where they are planes, as :func:`reads_planes`
+    allows.
+    """
     if chosen in WINOGRAD:
         m = WINOGRAD[chosen]
-        winograd_steps.convolve(p, target, conv, x, packed, out, epilogue, extra, m)
+        winograd_steps.convolve(p, target, conv, x, packed, out, epilogue, extra, m, plane)
     else:
-        convolutions.convolve_packed(p, target, conv, x, packed, out, epilogue, None, extra)
+        convolutions.convolve_packed(
+            p, target, conv, x, packed, out, epilogue, None, extra, plane=plane
+        )  # fmt: skip

@@ -92,17 +92,21 @@ def pool_of(x_shape: tuple[int, ...], pooling: str) -> Pool:
 
 
 def prefers_channels_last(t: Tensor) -> bool:
-    """Whether PyTorch takes ``t`` for channels_last: from its strides alone, as c10 does.
+    """Whether PyTorch takes ``t`` for channels_last: from its strides alone, as c10 does."""
+    return strides_prefer_channels_last(t.shape, t.stride())
 
-    From the innermost to the outermost axis of NHWC strides must not fall; ties, as of sizes of 1,
-    go to the contiguous layout.
+
+def strides_prefer_channels_last(shape: Sequence[Any], strides: Sequence[Any]) -> bool:
+    """From the innermost to the outermost axis of NHWC strides must not fall.
+
+    Ties, as of sizes of 1, go to the contiguous layout.
     """
-    if t.dim() != 4 or t.stride(1) == 0:
+    if len(shape) != 4 or strides[1] == 0:
         return False
     least: Any = 0
     for axis in (1, 3, 2, 0):
-        size, stride = t.shape[axis], t.stride(axis)
-        if size == 0 or stride < least or (axis == 0 and least == t.stride(1)):
+        size, stride = shape[axis], strides[axis]
+        if size == 0 or stride < least or (axis == 0 and least == strides[1]):
             return False
         least = stride * size if size > 1 else stride
     return True

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
@@ -71,9 +70,7 @@ class Frozen:
         for i, a in enumerate(args):
             if not isinstance(a, Tensor) or a.device.type != "cpu":
                 raise Unsupported(f"argument {i}: expected a tensor on the CPU, got {a!r}")
-        plan = self.plan_for(args)
-        with torch.no_grad():
-            return plan.run({f"arg{i}": a for i, a in enumerate(args)})
+        return self.plan_for(args).run({f"arg{i}": a for i, a in enumerate(args)})
 
 
 def freeze(model: nn.Module, example: Tensor | Sequence[Tensor], *, exact: bool = False) -> Frozen:

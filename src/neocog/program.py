@@ -54,6 +54,8 @@ class Step:
     kernel: Kernel
     items: int
     fields: dict[str, Place | int]
+    about: object = None
+    """What it is a step of: see :attr:`Program.about`."""
 
     def words(self, scratch: dict[str, Place | int]) -> list[int]:
         """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers."""
@@ -142,6 +144,8 @@ class Program:
     work: int = 0
     """Multiply-adds of all steps: decides whether threads are worth waking."""
     sections: list[Section] = field(default_factory=lambda: [Section(0)])
+    about: object = None
+    """What steps from now on belong to, for whoever shows the program."""
     _arena: Scratch = field(default_factory=Scratch)
     _virtual: int = 0
     _thread_scratch: list[tuple[Step, str, int]] = field(default_factory=list)
@@ -201,7 +205,7 @@ class Program:
 
     def step(self, kernel: Kernel, items: int, **fields: Place | int) -> Step:
         """Append a step; steps without work are dropped."""
-        made = Step(kernel, items, fields)
+        made = Step(kernel, items, fields, self.about)
         if items > 0:
             self.steps.append(made)
         return made

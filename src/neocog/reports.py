@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from .network import Foreign
 from .running import Plan
-from .stages import Native
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ def report_of(plan: Plan) -> Report:
             found.setdefault((node.op.name, node.op.reason), []).append(node.op.multiply_adds)
     return Report(
         layers=tuple(map(repr, native)),
-        programs=sum(isinstance(stage, Native) for stage in plan.stages),
+        programs=len(plan.natives),
         multiply_adds=sum(n.multiply_adds for n in native),
         handed_back=tuple(
             HandedBack(name, reason, len(work), sum(work)) for (name, reason), work in found.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -13,19 +14,21 @@ from torch import Tensor
 
 from . import choices
 from .capture import Captured
-from .execution import FORMATS, prefers_channels_last
+from .execution import FORMATS, strides_prefer_channels_last
 from .fusion import fuse
 from .maps import NCHW, NHWC
-from .network import Foreign, Input, Network, Node
+from .network import Foreign, Input, Network, Node, Shape
 from .parameters import Parameters
-from .partition import Eager, Stage, stages
+from .partition import Eager, stages
 from .problem import Block, Pool
 from .stages import ITSELF, Native
+
+_prefers_channels_last = functools.lru_cache(1024)(strides_prefer_channels_last)
 
 
 def layout_of(tensors: Sequence[Tensor]) -> str:
     """The layout of a call: channels_last if one of its maps is."""
-    return NHWC if any(prefers_channels_last(t) for t in tensors) else NCHW
+    return NHWC if any(_prefers_channels_last(t.shape, t.stride()) for t in tensors) else NCHW
 
 
 PLANS_KEPT = 16
@@ -55,22 +58,60 @@ class Plans:
 
 
 @dataclass
+class Bound:
+    """A native stage on its weights."""
+
+    stage: Native
+    tensors: list[Tensor]
+    """Packed weights and vectors, whose memory it reads."""
+    fixed: list[int]
+    """Their addresses."""
+    themselves: list[tuple[int, str]]
+    """Which of them are parameters unchanged, and their names."""
+    results: list[tuple[Node, Shape, torch.memory_format]]
+    """Its outputs, as tensors to be made."""
+
+    @classmethod
+    def of(cls, stage: Native, layout: str, parameters: Parameters) -> Bound:
+        """Pack what is not packed yet."""
+        tensors = [parameters.packed_for(key) for key in stage.packed]
+        tensors += [parameters.vector_for(key) for key in stage.vectors]
+        themselves = [
+            (len(stage.packed) + i, str(vector.source))
+            for i, vector in enumerate(stage.vectors)
+            if vector.part == ITSELF
+        ]
+        results = [(node, node.shape, _format(node.shape, layout)) for node in stage.outputs]
+        return cls(stage, tensors, [t.data_ptr() for t in tensors], themselves, results)
+
+    def run(self, values: dict[Node, Any], args: Mapping[str, Tensor], layout: str) -> None:
+        """Compute its outputs from its inputs, both in ``values``."""
+        # Copies are kept in a list: their memory must outlive the call.
+        kept = [_ready(values[node], layout) for node in self.stage.inputs]
+        addresses = [t.data_ptr() for t in kept]
+        for node, shape, format in self.results:
+            made = values[node] = torch.empty(shape, memory_format=format)
+            addresses.append(made.data_ptr())
+        fixed = self.fixed
+        for i, name in self.themselves:
+            if name in args:
+                kept.append(args[name].detach().contiguous())
+                fixed = fixed.copy() if fixed is self.fixed else fixed
+                fixed[i] = kept[-1].data_ptr()
+        self.stage.program.run(*addresses, fixed=fixed)
+
+
+@dataclass
 class Plan:
     """The stages of one captured call, bound to weights."""
 
     captured: Captured
     network: Network
-    stages: list[Stage]
-    inputs: list[Node]
-    """The tensors from outside that its stages read, or that it returns."""
+    stages: list[Bound | Eager]
+    inputs: list[tuple[Node, str]]
+    """The tensors from outside that its stages read, or that it returns, and their names."""
     layout: str
     parameters: Parameters
-    fixed: list[list[int]]
-    """Per stage: the addresses of packed weights and of vectors."""
-    themselves: list[list[tuple[int, str]]]
-    """Per stage: which of those addresses are parameters' own, and their names."""
-    kept: list[Tensor]
-    """The tensors behind the addresses."""
 
     @classmethod
     def of(
@@ -84,63 +125,47 @@ class Plan:
         network = fuse(captured.network, fuses_pool)
         made = stages(network, parameters.target, layout, exact)
         read = {node for stage in made for node in stage.reads} | set(network.outputs)
-        inputs = [node for node in network.nodes if node in read and isinstance(node.op, Input)]
-        plan = cls(captured, network, made, inputs, layout, parameters, [], [], [])
-        for stage in made:
-            packed = stage.packed if isinstance(stage, Native) else []
-            vectors = stage.vectors if isinstance(stage, Native) else []
-            tensors = [parameters.packed_for(key) for key in packed]
-            tensors += [parameters.vector_for(key) for key in vectors]
-            plan.kept += tensors
-            plan.fixed.append([t.data_ptr() for t in tensors])
-            plan.themselves.append(
-                [
-                    (len(packed) + i, str(vector.source))
-                    for i, vector in enumerate(vectors)
-                    if vector.part == ITSELF
-                ]
-            )
-        return plan
+        inputs = [
+            (node, node.op.name)
+            for node in network.nodes
+            if node in read and isinstance(node.op, Input)
+        ]
+        bound = [Bound.of(s, layout, parameters) if isinstance(s, Native) else s for s in made]
+        return cls(captured, network, bound, inputs, layout, parameters)
+
+    @property
+    def natives(self) -> list[Native]:
+        """The stages that are programs."""
+        return [stage.stage for stage in self.stages if isinstance(stage, Bound)]
 
     def run(self, args: Mapping[str, Tensor]) -> Any:
         """The model's result for arguments of the captured shapes, by name."""
         values: dict[Node, Any] = {}
-        for node in self.inputs:
-            assert isinstance(node.op, Input)
-            found = args.get(node.op.name)
-            values[node] = self.parameters.tensors[node.op.name] if found is None else found
+        for node, name in self.inputs:
+            values[node] = args[name] if name in args else self.parameters.tensors[name]
         self.parameters.refresh(args)
-        for number, stage in enumerate(self.stages):
-            if isinstance(stage, Native):
-                self._run_native(number, stage, values, args)
+        for stage in self.stages:
+            if isinstance(stage, Bound):
+                stage.run(values, args, self.layout)
             else:
                 _run_eager(stage, values)
-        leaves = dict(zip(self.captured.network.outputs, self.network.outputs, strict=True))
-        return self.captured.result({old: values[new] for old, new in leaves.items()})
+        leaves = zip(self.captured.network.outputs, self.network.outputs, strict=True)
+        return self.captured.result({old: values[new] for old, new in leaves})
 
-    def _run_native(self, number: int, stage: Native, values: dict[Node, Any], args) -> None:
-        # The tensors are kept in the list: their memory must outlive the call.
-        inputs = [self._ready(values[node]) for node in stage.inputs]
-        for node in stage.outputs:
-            format = FORMATS[self.layout] if len(node.shape) == 4 else torch.contiguous_format
-            values[node] = torch.empty(node.shape, memory_format=format)
-        addresses = [t.data_ptr() for t in inputs]
-        addresses += [values[node].data_ptr() for node in stage.outputs]
-        fixed = self.fixed[number]
-        live = [(i, args[name]) for i, name in self.themselves[number] if name in args]
-        if live:
-            own = [(i, t.detach().contiguous()) for i, t in live]
-            fixed = fixed.copy()
-            for i, t in own:
-                fixed[i] = t.data_ptr()
-        stage.program.run(*addresses, fixed=fixed)
 
-    def _ready(self, tensor: Tensor) -> Tensor:
-        format = FORMATS[self.layout] if tensor.dim() == 4 else torch.contiguous_format
-        return tensor.detach().contiguous(memory_format=format)
+def _format(shape: Shape, layout: str) -> torch.memory_format:
+    return FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
+
+
+def _ready(tensor: Tensor, layout: str) -> Tensor:
+    format = _format(tensor.shape, layout)
+    if tensor.is_contiguous(memory_format=format):
+        return tensor
+    return tensor.detach().contiguous(memory_format=format)
 
 
 def _run_eager(stage: Eager, values: dict[Node, Any]) -> None:
-    for node in stage.nodes:
-        assert isinstance(node.op, Foreign)
-        values[node] = node.op.run(*(values[source] for source in node.inputs))
+    with torch.no_grad():
+        for node in stage.nodes:
+            assert isinstance(node.op, Foreign)
+            values[node] = node.op.run(*(values[source] for source in node.inputs))

@@ -13,7 +13,7 @@ from . import choices
 from .cpu import elementwise, linear
 from .cpu import epilogue as ep
 from .kernels import kernel
-from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, halo_of, read, scratch_map
+from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, read, scratch_map
 from .network import Concat, Flatten, Layer, Linear, Node, Pointwise
 from .network import Pooling as PoolNode
 from .pools import pool_steps
@@ -88,6 +88,8 @@ class Builder:
     maps: dict[Node, Map] = field(default_factory=dict)
     homes: dict[Node, _Home] = field(default_factory=dict)
     delivered: set[Node] = field(default_factory=set)
+    planes: dict[Node, int] = field(default_factory=dict)
+    """Elements between the channels of maps that are planes."""
     full: dict[Node, Map] = field(default_factory=dict)
     """Maps of the whole batch, made in iterations and read after them."""
 
@@ -170,7 +172,12 @@ class Builder:
 
     def _halo(self, node: Node) -> Halo:
         """What the readers of a map reach beyond it."""
-        halos = [_reads(user) for user in self.uses[node] if user in self.own and user is not node]
+        users = [user for user in self.uses[node] if user in self.own and user is not node]
+        halos = [
+            _sides(choices.halo(user.op.block.conv, self.keys[user].algorithm))
+            for user in users
+            if isinstance(user.op, Layer)
+        ]
         return Halo(*(max(side) for side in zip(*halos, strict=True))) if halos else Halo()
 
     def _allocate(self, node: Node) -> Map:
@@ -220,17 +227,35 @@ class Builder:
     # ---------------------------------------------------------------- nodes
 
     def _read_input(self, node: Node) -> None:
+        self.p.about = node
         place = self._call_buffer(node)
         layout = self.layout if len(node.shape) == 4 else NHWC
         halo = self.wanted[node]
-        m = read(self.p, self.target, place, layout, self._shape(node), halo)
+        if layout == NCHW and self._reads_planes(node):
+            images, channels, height, width = self._shape(node)
+            m = read(self.p, self.target, place, NHWC, (images * channels, 1, height, width), halo)
+            self.planes[node] = m.image
+            m = replace(m, image=channels * m.image)
+        else:
+            m = read(self.p, self.target, place, layout, self._shape(node), halo)
         self.maps[node] = m
         if m.place.buffer != place.buffer:
             corner = m.place + -(halo.top * m.row + halo.left * m.pixel)
             readers = sum(u in self.running for u in self.uses[node])
             self.homes[node] = _Home(corner, readers)
 
+    def _reads_planes(self, node: Node) -> bool:
+        """Whether all that read a map can read its channels as planes: no need to mix them."""
+        users = [u for u in self.uses[node] if u is not node and u in self.own]
+        return node.shape[1] > 1 and all(
+            isinstance(u.op, Layer)
+            and choices.reads_planes(u.op.block.conv, self.keys[u].algorithm)
+            and u.inputs[1:] != (node,)
+            for u in users
+        )
+
     def _emit(self, node: Node) -> None:
+        self.p.about = node
         direct = self._direct_output(node)
         if direct is not None:
             self.maps[node] = direct
@@ -301,8 +326,9 @@ class Builder:
         key = self.keys[node]
         packed = self.p.buffer(self.packed[key])
         x, out = self.maps[node.inputs[0]], self.maps[node]
+        plane = self.planes.get(node.inputs[0], 0)
         choices.convolve(
-            self.p, self.target, conv, key.algorithm, x, packed, out, steps, extra
+            self.p, self.target, conv, key.algorithm, x, packed, out, steps, extra, plane
         )  # fmt: skip
 
     def _pointwise(self, node: Node, op: Pointwise) -> None:
@@ -350,10 +376,6 @@ class Builder:
 
 def _sides(halo: Halo) -> tuple[int, int, int, int]:
     return halo.top, halo.bottom, halo.left, halo.right
-
-
-def _reads(user: Node) -> tuple[int, int, int, int]:
-    return _sides(halo_of(user.op.block.conv) if isinstance(user.op, Layer) else Halo())
 
 
 def _vectors(node: Node) -> dict[str, Vector]:

@@ -7,16 +7,23 @@ from dataclasses import replace
 from types import MappingProxyType
 
 from .convolutions import Weights
+from .cpu import copy
 from .cpu import epilogue as ep
-from .cpu.winograd import LINE, UNROLL, WinogradPlan, emit
-from .cpu.winograd_transforms import TAPS
-from .cpu.winograd_weights import pack_winograd
+from .cpu.winograd import emit
+from .cpu.winograd_plan import LINE, UNROLL, WinogradPlan
+from .cpu.winograd_weights import NO_TAP, pack_winograd
 from .errors import Unsupported
 from .kernels import copy_kernel
 from .maps import Map
 from .problem import Conv, Pooling, Step
 from .program import Place, Program
 from .target import Target
+
+KERNELS = {1: (3,), 2: (3, 5, 7)}
+"""Stride -> sizes of kernels."""
+
+FOLDED_CHANNELS = 4
+"""Up to so many channels, the phases of a strided layer's input become channels beforehand."""
 
 STAGED_TILES = 64
 """Up to this many tiles the three stages are steps of their own, which threads share evenly."""
@@ -47,15 +54,18 @@ HIDDEN = 0.8
 def covers(conv: Conv, epilogue: tuple[Step, ...] = ()) -> bool:
     """Whether these kernels do ``conv`` with ``epilogue``, without saving anything for a gradient.
 
-    3x3, dense, stride 1, one group, any padding; any pointwise steps; a max or mean pool of 2x2
-    with stride 2, without padding, that leaves out what hangs over the end.
+    Square kernels of one group (3x3; with stride 2 also 5x5 and 7x7), any padding; any pointwise
+    steps; a max or mean pool of 2x2 with stride 2, without padding, that leaves out what hangs over
+    the end.
     """
-    windows = (conv.rows, conv.cols)
-    dense = all(
-        (w.size, w.stride, w.dilation, w.base_dilation, w.ceil) == (TAPS, 1, 1, 1, False)
-        for w in windows
-    )
-    if not dense or conv.groups != 1:
+    down, across = conv.rows, conv.cols
+    square = (down.size, down.stride) == (across.size, across.stride)
+    dense = all((w.dilation, w.base_dilation, w.ceil) == (1, 1, False) for w in (down, across))
+    if not (square and dense and conv.groups == 1):
+        return False
+    if down.size not in KERNELS.get(down.stride, ()):
+        return False
+    if down.stride > 1 and conv.in_channels % UNROLL and not folds(conv):
         return False
     try:
         ep.check_supported(epilogue)
@@ -63,6 +73,14 @@ def covers(conv: Conv, epilogue: tuple[Step, ...] = ()) -> bool:
         return False
     pool = ep.pooling_of(epilogue)
     return pool is None or _covers_pool(pool)
+
+
+def folds(conv: Conv) -> bool:
+    """Whether the phases of the input of a layer with stride 2 become channels beforehand.
+
+    With few channels: they would fill no vectors otherwise.
+    """
+    return conv.rows.stride == conv.cols.stride == 2 and conv.in_channels <= FOLDED_CHANNELS
 
 
 def _covers_pool(pool: Pooling) -> bool:
@@ -83,11 +101,24 @@ def plan_of(
     """The plan of the kernel that does one stage of ``conv``."""
     channels, out_channels = conv.in_channels, conv.out_channels
     if stage == "input":  # the same for every number of output channels, and for every epilogue
-        return WinogradPlan(target, channels, 1, m, (), stage)
+        out_channels = 1
     if stage == "output":
-        return WinogradPlan(target, 1, out_channels, m, epilogue, stage)
-    steps = epilogue if stage == "whole" else ()
-    return WinogradPlan(target, channels, out_channels, m, steps, stage)
+        channels = 1
+    steps = epilogue if stage in ("whole", "output") else ()
+    rows, cols = _outputs(conv, epilogue)
+    return WinogradPlan(
+        target, channels, out_channels, m, steps, stage,
+        kernel=conv.rows.size, stride=conv.rows.stride, tails=(rows % m, cols % m),
+        folded=folds(conv),
+    )  # fmt: skip
+
+
+def _outputs(conv: Conv, epilogue: tuple[Step, ...]) -> tuple[int, int]:
+    """Rows and columns that are computed: a pool drops what fills no window."""
+    _, _, rows, cols = conv.out_shape
+    if ep.pooling_of(epilogue) is not None:
+        return rows - rows % 2, cols - cols % 2
+    return rows, cols
 
 
 def packed_elements(plan: WinogradPlan) -> int:
@@ -100,19 +131,37 @@ def pack(
 ) -> None:
     """The step that transforms weights into U, for :func:`convolve` of any size and epilogue."""
     plan = plan_of(target, conv, m=m)
-    taps = [weights.tap(conv, y, x) for y in range(TAPS) for x in range(TAPS)]
+    taps = []
+    for odd_row, odd_col in plan.phases:
+        for y in range(odd_row, plan.taps * plan.stride, plan.stride):
+            for x in range(odd_col, plan.taps * plan.stride, plan.stride):
+                inside = max(y, x) < plan.kernel
+                taps.append(weights.tap(conv, y, x) if inside else NO_TAP)
     p.step(
-        copy_kernel(pack_winograd, target, plan.channels, plan.out_channels, plan.m),
-        plan.groups * plan.channels,
+        copy_kernel(
+            pack_winograd, target, plan.channels, plan.out_channels, plan.m, plan.kernel,
+            plan.stride,
+        ),
+        plan.groups * plan.depth,
         w=weights.place, w_out=weights.out, w_in=weights.into,
         taps=p.constant(taps), packed=packed,
     )  # fmt: skip
 
 
-def tiles_of(conv: Conv, m: int) -> tuple[int, int, int]:
-    """(batch, tiles down, tiles across)."""
-    batch, _, rows, cols = conv.out_shape
-    return batch, -(-rows // m), -(-cols // m)
+def grid_of(plan: WinogradPlan, conv: Conv) -> dict[str, int]:
+    """How many whole tiles the outputs of ``conv`` hold, by the names the kernels use."""
+    _, _, rows, cols = conv.out_shape
+    return {"batch": conv.batch, "whole_y": rows // plan.m, "whole_x": cols // plan.m}
+
+
+def tiles_of(plan: WinogradPlan, conv: Conv) -> int:
+    """Tiles of all kinds."""
+    grid = grid_of(plan, conv)
+    down, across = (
+        grid[name] + (tail > 0)
+        for name, tail in zip(("whole_y", "whole_x"), plan.tails, strict=True)
+    )
+    return conv.batch * down * across
 
 
 def block_of(plan: WinogradPlan, tiles: int) -> int:
@@ -120,16 +169,16 @@ def block_of(plan: WinogradPlan, tiles: int) -> int:
     fitting = BLOCK_BYTES // (4 * plan.planes * (plan.v_row + plan.m_row))
     if 4 * packed_elements(plan) > CACHED_WEIGHTS:
         fitting = max(fitting, REUSE)
-    count = max(1, round(tiles / max(fitting, plan.pixels[0])))
+    count = max(1, round(tiles / max(fitting, plan.pixels)))
     return -(-tiles // (count + count % 2))
 
 
 def _prefetch(plan: WinogradPlan, tiles: int) -> int:
     """Lines of the next panel of U to fetch per trip, so that ``tiles`` tiles fetch all of it."""
-    trips = plan.channels // UNROLL
+    trips = plan.depth // UNROLL
     if not trips or 4 * packed_elements(plan) <= CACHED_WEIGHTS:
         return 0
-    register_tiles = -(-tiles // plan.pixels[0])
+    register_tiles = -(-tiles // plan.pixels)
     return min(2 * LINE, -(-plan.panel // (LINE * trips * register_tiles)))
 
 
@@ -145,9 +194,8 @@ def cost(target: Target, conv: Conv, m: int = 4) -> float:
     vectors and tiles counts in all terms. The constants are fitted to measured layers.
     """
     plan = plan_of(target, conv, (), m)
-    batch, down, across = tiles_of(conv, m)
-    tiles = batch * down * across
-    products = tiles * plan.planes * plan.channels * plan.m_row / PRODUCTS_SHARE
+    tiles = tiles_of(plan, conv)
+    products = _products(plan, conv) * plan.channels * plan.m_row / PRODUCTS_SHARE
     transforms = tiles * plan.planes * TRANSFORM_SLOTS[m] * (plan.v_row + plan.m_row)
     bytes_read = 4 * packed_elements(plan)
     if bytes_read <= CACHED_WEIGHTS or not tiles:
@@ -155,6 +203,18 @@ def cost(target: Target, conv: Conv, m: int = 4) -> float:
     passes = 1 if tiles <= STAGED_TILES else -(-tiles // block_of(plan, tiles))
     computed, read = products + transforms, bytes_read * passes * SLOTS_PER_BYTE
     return max(computed, read) + (1 - HIDDEN) * min(computed, read)
+
+
+def _products(plan: WinogradPlan, conv: Conv) -> int:
+    """Products for each pair of channels, of all tiles and phases."""
+    grid, result = grid_of(plan, conv), conv.batch
+    for name, tail in zip(("whole_y", "whole_x"), plan.tails, strict=True):
+        one_axis = 0
+        for outputs, count in ((plan.m, grid[name]), (tail, int(tail > 0))):
+            used = len(plan.uses(outputs)) * plan.stride - plan.shortened if count else 0
+            one_axis += count * used
+        result *= one_axis
+    return result
 
 
 def convolve(
@@ -167,27 +227,43 @@ def convolve(
     epilogue: tuple[Step, ...] = (),
     extra: Mapping[str, Place | int] = MappingProxyType({}),
     m: int = 4,
+    plane: int = 0,
 ) -> None:
     """The steps of a convolution that :func:`covers` accepts, on weights from :func:`pack`.
 
-    ``x`` needs the halo of ``maps.halo_of(conv)`` and no more; ``out`` is the map of the pooled
+    ``x`` needs the halo of ``maps.halo_of(conv)`` and no more, and none if it is folded, when its
+    channels may also be ``plane`` elements apart (NCHW); ``out`` is the map of the pooled
     result if the epilogue pools. ``extra``: the places of the epilogue's parameters and residual.
     """
-    batch, down, across = tiles_of(conv, m)
-    tiles = batch * down * across
-    corner = x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel)
-    grid = {
-        "tiles": tiles, "tiles_y": down, "tiles_x": across,
-        "rows": conv.out_shape[2], "cols": conv.out_shape[3],
-    }  # fmt: skip
-    into, to = replace(x, place=corner).fields("x"), {**out.fields("out"), **extra}
     whole = plan_of(target, conv, epilogue, m)
+    corner = x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel)
+    x = _fold(p, target, whole, conv, x, plane) if folds(conv) else replace(x, place=corner)
+    grid, tiles = grid_of(whole, conv), tiles_of(whole, conv)
+    into, to = x.fields("x"), {**out.fields("out"), **extra}
     if tiles > STAGED_TILES:
         _blocks(p, whole, tiles, packed, grid | into | to)
     elif tiles:
         plans = [plan_of(target, conv, epilogue, m, s) for s in ("input", "products", "output")]
-        _stages(p, plans, packed, grid, into, to)
+        _stages(p, plans, tiles, packed, grid, into, to)
     p.work += conv.multiply_adds
+    if folds(conv):
+        p.release(x.place)
+
+
+def _fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:
+    """The input with its padding, the four phases of a pixel as its channels."""
+    _, _, rows, cols = conv.out_shape
+    rows, cols = rows + plan.taps - 1, cols + plan.taps - 1
+    depth = plan.depth
+    place = p.scratch(conv.batch * rows * cols * depth)
+    made = Map(place, rows * cols * depth, cols * depth, depth)
+    p.step(
+        copy_kernel(copy.fold, target, plan.channels, plan.phases), conv.batch * rows,
+        **x.fields("x"), x_channel=plane or 1,
+        out=place, rows=rows, cols=cols, height=conv.height, width=conv.width,
+        top=conv.rows.low, left=conv.cols.low,
+    )  # fmt: skip
+    return made
 
 
 def _blocks(p: Program, plan: WinogradPlan, tiles: int, packed: Place, fields: dict) -> None:
@@ -199,19 +275,19 @@ def _blocks(p: Program, plan: WinogradPlan, tiles: int, packed: Place, fields: d
         v_plane=v_plane, m_plane=m_plane, block=block,
     )  # fmt: skip
     between = plan.planes * (v_plane + m_plane)
-    p.thread_scratch(step, "scratch", plan.patch + LINE + between)
+    p.thread_scratch(step, "scratch", between)
 
 
-def _stages(p: Program, plans: list[WinogradPlan], packed: Place, grid, into, to) -> None:
+def _stages(
+    p: Program, plans: list[WinogradPlan], tiles: int, packed: Place, grid, into, to
+) -> None:
     """Three steps; V and M of all tiles in the arena."""
     first, products, last = plans
-    tiles = grid["tiles"]
     v_plane, m_plane = tiles * products.v_row + LINE, tiles * products.m_row + LINE
     v, m = p.scratch(products.planes * v_plane), p.scratch(products.planes * m_plane)
-    step = p.step(copy_kernel(emit, first), tiles, **grid, **into, v=v, v_plane=v_plane)
-    p.thread_scratch(step, "scratch", first.patch)
+    p.step(copy_kernel(emit, first), tiles, **grid, **into, v=v, v_plane=v_plane)
     p.step(
-        copy_kernel(emit, products), products.planes * products.groups, tiles=tiles,
+        copy_kernel(emit, products), products.planes * products.groups, **grid,
         u=packed, prefetch=_prefetch(products, tiles), v=v, v_plane=v_plane, m=m, m_plane=m_plane,
     )  # fmt: skip
     p.step(copy_kernel(emit, last), tiles, **grid, **to, m=m, m_plane=m_plane)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,6 +43,9 @@ NetworkOption = Annotated[
 NetworksOption = Annotated[
     bool, typer.Option("--networks", help="Well-known networks, beside other engines.")
 ]
+LayersOption = Annotated[
+    bool, typer.Option("--layers", help="Well-known networks, layer by layer.")
+]
 JsonFileOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Also write the rows as JSON; - prints them."),
@@ -57,11 +60,11 @@ CountsOption = Annotated[
         "--threads",
         metavar="N[,N]",
         help="Threads of neocog, of the others and of the peak.",
-        show_default=f"1; --networks: {RACE_THREADS}",
+        show_default=f"1; --networks, --layers: {RACE_THREADS}",
     ),
 ]
 BatchesOption = Annotated[
-    str, typer.Option("--batches", metavar="N[,N]", help="Of --networks: pictures at once.")
+    str, typer.Option("--batches", metavar="N[,N]", help="Of --networks, --layers: pictures.")
 ]
 EnginesOption = Annotated[
     str | None,
@@ -95,6 +98,7 @@ def bench(
     blocks: BlocksOption = False,
     network: NetworkOption = False,
     networks: NetworksOption = False,
+    layers: LayersOption = False,
     json_file: JsonFileOption = None,
     plot: PlotOption = None,
     threads: CountsOption = None,
@@ -110,22 +114,22 @@ def bench(
     """
     from .machine_view import what_can_be_measured
 
-    if not (blocks or network or networks):
+    if not (blocks or network or networks or layers):
         typer.echo(what_can_be_measured())
         return
     _check_options(json_file, plot, rounds)
-    if networks:
-        if blocks or network:
-            raise InvalidProblem("--networks: alone, without --blocks and --network")
-        if sys.platform != "linux":
-            raise InvalidProblem(
-                f"--networks: needs Linux to stop idle engines, not {sys.platform}"
-            )
+    if networks or layers:
+        if blocks or network or (networks and layers):
+            alone = "--networks" if networks else "--layers"
+            raise InvalidProblem(f"{alone}: alone, without other things to measure")
         from . import race_view
 
         counts = _numbers("--threads", threads or RACE_THREADS, _processors())
         cases = race_view.cases(_numbers("--batches", batches), counts, filter)
         _check_filter(filter, cases)
+        if layers:
+            _time_layers(cases, rounds or ROUNDS, json_file)
+            return
         chosen = race_view.engines(engines)
         python = sys.executable if peers is None else str(peers)
         _race(cases, chosen, rounds or RACE_ROUNDS, python, json_file, plot)
@@ -180,18 +184,37 @@ def _race(
     from ..files import write_atomically
     from . import race_view
 
-    printed = _is_printed(json_file)
-
-    def keep(rows: Sequence[dict[str, Any]]) -> None:
-        if not printed:  # after each case, for the next ones may take an hour
-            _keep(rows, json_file)
-
-    console = race_view.wide_console(quiet=printed)
+    if sys.platform != "linux":
+        raise InvalidProblem(f"--networks: needs Linux to stop idle engines, not {sys.platform}")
+    console = race_view.wide_console(quiet=_is_printed(json_file))
+    keep = _keeper(json_file)
     rows = race_view.show_race(console, cases, engines, rounds, python, keep)
-    if printed:
-        print_json(rows)
+    _print_kept(rows, json_file)
     if plot_file is not None:
         write_atomically(plot_file, race_view.plot(rows))
+
+
+def _time_layers(cases: Sequence[Case], rounds: int, json_file: Path | None) -> None:
+    from . import race_view
+    from .layers_view import show_layers
+
+    console = race_view.wide_console(quiet=_is_printed(json_file))
+    _print_kept(show_layers(console, cases, rounds, _keeper(json_file)), json_file)
+
+
+def _keeper(json_file: Path | None) -> Callable[[Sequence[dict[str, Any]]], None]:
+    """Keeps rows in the file as they come, for the next ones may take an hour."""
+
+    def keep(rows: Sequence[dict[str, Any]]) -> None:
+        if not _is_printed(json_file):
+            _keep(rows, json_file)
+
+    return keep
+
+
+def _print_kept(rows: Sequence[dict[str, Any]], json_file: Path | None) -> None:
+    if _is_printed(json_file):
+        print_json(rows)
 
 
 def _numbers(option: str, text: str, most: int | None = None) -> list[int]:

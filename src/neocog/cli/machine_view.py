@@ -48,6 +48,7 @@ def what_can_be_measured() -> str:
         "peak, and PyTorch's time\n"
         f"neocog bench --network  {ARCHITECTURE}, inference and training step, and PyTorch's time\n"
         "neocog bench --networks well-known networks, and the times of other engines\n"
+        "neocog bench --layers   the same networks, layer by layer\n"
         "neocog bench --help     all options"
     )
 

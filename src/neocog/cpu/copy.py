@@ -13,7 +13,7 @@ from __future__ import annotations
 from llvmlite import ir
 
 from ..target import Target
-from .lanes import I64, PTR, Emitter, Int
+from .lanes import F32, I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
 
 PACK = (
@@ -52,6 +52,60 @@ def pack(target: Target, transpose: bool) -> Kernel:
 
         e.loop(begin, end, item)
     return compile_kernel(e, PACK)
+
+
+FOLD = (
+    "x*", "x_image", "x_row", "x_pixel", "x_channel", "out*", "rows", "cols",
+    "height", "width", "top", "left",
+)  # fmt: skip
+
+
+def fold(target: Target, channels: int, phases: tuple[tuple[int, int], ...]) -> Kernel:
+    """An activation of any strides as one of half its size, dense NHWC with 4 times the channels.
+
+    out[n][y][x][phase * channels + c] = x[n][c][2y + odd row - top][2x + odd column - left] where
+    ``phases`` lists (odd row, odd column), and zero beyond the borders. Items: N x rows.
+    """
+    e = Emitter(target, f"fold_c{channels}")
+    depth = channels * len(phases)
+    with e.kernel(FOLD) as (f, begin, end, _):
+
+        def item(number: ir.Value) -> None:
+            n, y = e.divmod(number, f.rows)
+            to = e.at(f.out, e.mul(number, e.mul(f.cols, depth)))
+            e.zero_fill(to, e.mul(f.cols, depth))
+            for odd in (0, 1):
+                row = e.sub(e.add(e.mul(y, 2), odd), f.top)
+                source = e.at(f.x, e.add(e.mul(n, f.x_image), e.mul(row, f.x_row)))
+                mine = [(p[1], i) for i, p in enumerate(phases) if p[0] == odd]
+
+                def copy_row(source: ir.Value = source, mine: list = mine) -> None:
+                    for odd_col, place in mine:
+                        _fold_row(
+                            e, f, source, e.at(to, place * channels), odd_col, channels, depth
+                        )
+
+                inside = e.b.and_(e.less(-1, row), e.less(row, f.height))
+                e.choose(inside, copy_row)
+
+        e.loop(begin, end, item)
+    return compile_kernel(e, FOLD)
+
+
+def _fold_row(e: Emitter, f, source, to, odd: int, channels: int, depth: int) -> None:
+    """Every other pixel of a row, those inside the borders."""
+    before = e.sub(f.left, odd)  # pixel x of the result is pixel 2x - before of the source
+    start = e.divmod(e.max(e.add(before, 1), 0), 2)[0]
+    stop = e.min(e.divmod(e.max(e.add(e.add(f.width, before), 1), 0), 2)[0], f.cols)
+
+    def pixel(x: Int) -> None:
+        place = e.at(source, e.mul(e.sub(e.mul(x, 2), before), f.x_pixel))
+        out = e.at(to, e.mul(x, depth))
+        for c in range(channels):
+            value = e.b.load(e.at(place, e.mul(f.x_channel, c)), align=4, typ=F32)
+            e.b.store(value, e.at(out, c), align=4)
+
+    e.loop(start, stop, pixel)
 
 
 TRANSPOSE = (

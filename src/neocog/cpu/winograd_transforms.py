@@ -1,20 +1,25 @@
-"""The matrices of Winograd's convolution F(m, 3), and the IR that applies them.
+"""The matrices of Winograd's convolution F(m, r), and the IR that applies them.
 
-F(m, 3) computes m outputs of a correlation with 3 taps from m+2 inputs with m+2 products:
+F(m, r) computes m outputs of a correlation with r taps from m+r-1 inputs with m+r-1 products:
 
     y = A^T [(G g) * (B^T d)]          y_i = sum_k g_k d_(i+k)
 
-and nested with itself an m x m tile of a 3x3 convolution: Y = A^T [(G g G^T) * (B^T d B)] A
-(Lavin and Gray, 2015). It is the Toom-Cook product of polynomials, transposed: evaluate at m+1
+and nested with itself an m x m tile of an r x r convolution: Y = A^T [(G g G^T) * (B^T d B)] A
+(Lavin and Gray, 2015). It is the Toom-Cook product of polynomials, transposed: evaluate at m+r-2
 points and at infinity, multiply, interpolate. The points decide the rounding error: with
-{0, +-3/4, +-3/2} it is 2 to 5 times smaller than with {0, +-1, +-2}, and the entries of A and B
-remain exact in float32. Points that come in pairs +-p make halves of the sums common to two rows
-or columns, which :func:`apply` uses.
+{0, +-3/4, +-3/2} that of F(4, 3) is 2 to 5 times smaller than with {0, +-1, +-2}, and the entries
+of A and B remain exact in float32. Points that come in pairs +-p make halves of the sums common to
+two rows or columns, which :func:`apply` uses.
+
+A tile at the edge of a map has fewer outputs, ``outputs`` below, and needs fewer points. It takes
+the first ones and infinity, so that it shares the transformed weights of whole tiles: what their
+rows of G are divided by for the points it leaves out is multiplied into its rows of B^T.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -24,40 +29,62 @@ from .lanes import Emitter
 
 Matrix = tuple[tuple[Fraction, ...], ...]
 
-TAPS = 3
-
 POINTS = {
-    2: (Fraction(0), Fraction(1), Fraction(-1)),
-    4: (Fraction(0), Fraction(3, 4), Fraction(-3, 4), Fraction(3, 2), Fraction(-3, 2)),
+    2: tuple(map(Fraction, (0, 1))),
+    3: tuple(map(Fraction, (0, 1, -1))),
+    4: tuple(map(Fraction, ("0", "3/2", "-3/2", "1/2"))),
+    5: tuple(map(Fraction, ("0", "3/4", "-3/4", "3/2", "-3/2"))),
+    6: tuple(map(Fraction, ("0", "1", "-1", "2", "-2", "1/4"))),
 }
-"""m -> the finite interpolation points; the last one is infinity."""
+"""The finite interpolation points, by their number, m+r-2; the last one is infinity."""
+
+
+def points_of(m: int, taps: int, outputs: int | None = None) -> tuple[Fraction, ...]:
+    """The finite points of F(m, taps), or those that a tile of ``outputs`` <= m uses."""
+    return POINTS[m + taps - 2][: (m if outputs is None else outputs) + taps - 2]
+
+
+def indices(m: int, taps: int, outputs: int) -> tuple[int, ...]:
+    """Which of the m+r-1 points a tile of ``outputs`` uses."""
+    return (*range(outputs + taps - 2), m + taps - 2)
 
 
 @functools.cache
-def output_matrix(m: int) -> Matrix:
-    """A^T, m rows of m+2: row i evaluates x^i at the points."""
-    return tuple((*(p**i for p in POINTS[m]), Fraction(i == m - 1)) for i in range(m))
+def output_matrix(m: int, taps: int, outputs: int) -> Matrix:
+    """A^T, a row for each output, a column for each point used: row i evaluates x^i there."""
+    points = points_of(m, taps, outputs)
+    return tuple((*(p**i for p in points), Fraction(i == outputs - 1)) for i in range(outputs))
 
 
 @functools.cache
-def weight_matrix(m: int) -> Matrix:
-    """G, m+2 rows of 3: row i evaluates the kernel at point i, over the product of differences."""
-    points = POINTS[m]
+def weight_matrix(m: int, taps: int) -> Matrix:
+    """G, m+r-1 rows of r: row i evaluates the kernel at point i, over the product of differences.
+
+    With one tap there is nothing to evaluate at infinity but that tap.
+    """
+    points = points_of(m, taps)
+    rows = [tuple(p**j / _differences(p, points) for j in range(taps)) for p in points]
+    return (*rows, tuple(Fraction(j == taps - 1) for j in range(taps)))
+
+
+@functools.cache
+def input_matrix(m: int, taps: int, outputs: int) -> Matrix:
+    """B^T, a row for each point used, a column for each of outputs+r-1 inputs.
+
+    Row i holds the polynomial that is 0 at all points but point i.
+    """
+    points, whole = points_of(m, taps, outputs), points_of(m, taps)
     rows = []
     for p in points:
-        scale = Fraction(1)
-        for q in points:
-            scale *= p - q if q != p else 1
-        rows.append(tuple(p**j / scale for j in range(TAPS)))
-    return (*rows, (Fraction(0), Fraction(0), Fraction(1)))
+        factor = _differences(p, whole) / _differences(p, points)
+        rows.append([factor * c for c in _monic([q for q in points if q != p])])
+    rows.append(_monic(points))
+    size = outputs + taps - 1
+    return tuple((*row, *[Fraction(0)] * (size - len(row))) for row in rows)
 
 
-@functools.cache
-def input_matrix(m: int) -> Matrix:
-    """B^T, m+2 rows of m+2: row i holds the polynomial that is 0 at all points but point i."""
-    points = POINTS[m]
-    rows = [_monic([q for q in points if q != p]) for p in points] + [_monic(points)]
-    return tuple((*row, *[Fraction(0)] * (m + 2 - len(row))) for row in rows)
+def _differences(p: Fraction, points: Sequence[Fraction]) -> Fraction:
+    return math.prod((p - q for q in points if q != p), start=Fraction(1))
 
 
 def _monic(roots: Sequence[Fraction]) -> list[Fraction]:
