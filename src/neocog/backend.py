@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import capture
+from .capture import argument, capture
 from .errors import Unsupported
 from .freezing import Frozen
 from .parameters import Live
@@ -67,7 +67,8 @@ class LiveGraph:
         plan = self._plan_for(args)
         if plan is None:
             return self.gm(*args)
-        return plan.run({f"arg{i}": a for i, a in enumerate(args) if isinstance(a, Tensor)})
+        self.parameters.refresh(_named(args))
+        return plan.run(args)
 
     def _plan_for(self, args: Sequence[Any]) -> Plan | None:
         tensors = [a for a in args if isinstance(a, Tensor)]
@@ -91,8 +92,7 @@ class LiveGraph:
         except Unsupported as error:
             self._hand_back(str(error))
             return None
-        named = {f"arg{i}": a for i, a in enumerate(args) if isinstance(a, Tensor)}
-        self.parameters.refresh({**captured.parameters, **named})
+        self.parameters.refresh({**captured.parameters, **_named(args)})
         plan = Plan.of(captured, layout, self.parameters, self.options["exact"])
         self.report = report_of(plan)
         log.info("%s", self.report)
@@ -104,6 +104,10 @@ class LiveGraph:
         if self.report.whole != reason:
             self.report = Report(whole=reason)
             log.warning("%s", self.report)
+
+
+def _named(args: Sequence[Any]) -> dict[str, Tensor]:
+    return {argument(i): a for i, a in enumerate(args) if isinstance(a, Tensor)}
 
 
 def _kind(value: Any) -> Any:

@@ -37,9 +37,10 @@ class Captured:
     parameters: dict[str, Tensor]
     """Tensors the model brought itself (parameters, buffers), by name."""
 
-    def result(self, values: Mapping[Node, Tensor]) -> Any:
-        """The model's return value from the tensors of its output nodes."""
-        leaves = [values[v] if isinstance(v, Node) else v for v in self.leaves]
+    def result(self, leaves: list[Any]) -> Any:
+        """The model's return value from its leaves, tensors in the place of nodes."""
+        if self.spec.is_leaf():  # what most models return, and quicker
+            return leaves[0]
         return tree_unflatten(leaves, self.spec)
 
 
@@ -71,6 +72,11 @@ def capture(
     return Captured(recorder.network, spec, leaves, recorder.parameters)
 
 
+def argument(index: int) -> str:
+    """The name of an argument; no parameter has a space in its own."""
+    return f"argument {index}"
+
+
 class _Recorder(TorchFunctionMode):
     def __init__(self, names: Mapping[int, str]):
         super().__init__()
@@ -85,7 +91,8 @@ class _Recorder(TorchFunctionMode):
     def argument(self, index: int, tensor: Tensor) -> Tensor:
         """The meta tensor that stands for an argument."""
         meta = torch.empty_like(tensor, device="meta", requires_grad=False)
-        self._bind(meta, self.network.add(Input(f"arg{index}"), (), tensor.shape, f"arg{index}"))
+        name = argument(index)
+        self._bind(meta, self.network.add(Input(name, index), (), tensor.shape, name))
         return meta
 
     def node(self, tensor: Tensor) -> Node:

@@ -32,13 +32,12 @@ class Frozen:
 
     def plan_for(self, args: Sequence[Tensor]) -> Plan:
         """The plan for arguments of these shapes and layouts; made when they are new."""
-        layout = layout_of(args)
-        key = (layout, *((a.shape, a.dtype) for a in args))
-        plan = self._plans.find(key, lambda: self._make(args, layout))
+        key = tuple([(a.shape, a.stride(), a.dtype) for a in args])
+        plan = self._plans.find(key, lambda: self._make(args))
         assert plan is not None
         return plan
 
-    def _make(self, args: Sequence[Tensor], layout: str) -> Plan:
+    def _make(self, args: Sequence[Tensor]) -> Plan:
         if any(m.training for m in self.model.modules()):
             raise InvalidModel("model is in training mode; call model.eval() before neocog.freeze")
         captured = self._capture(args)
@@ -48,7 +47,7 @@ class Frozen:
         parameters = self._parameters
         if extra:
             parameters = Parameters({**known, **extra}, self._parameters.target)
-        return Plan.of(captured, layout, parameters, self.exact)
+        return Plan.of(captured, layout_of(args), parameters, self.exact)
 
     def _capture(self, args: Sequence[Tensor]) -> Captured:
         buffers = dict(self.model.named_buffers())
@@ -68,9 +67,9 @@ class Frozen:
     def __call__(self, *args: Tensor) -> Any:
         """The model's result."""
         for i, a in enumerate(args):
-            if not isinstance(a, Tensor) or a.device.type != "cpu":
+            if not isinstance(a, Tensor) or not a.is_cpu:
                 raise Unsupported(f"argument {i}: expected a tensor on the CPU, got {a!r}")
-        return self.plan_for(args).run({f"arg{i}": a for i, a in enumerate(args)})
+        return self.plan_for(args).run(args)
 
 
 def freeze(model: nn.Module, example: Tensor | Sequence[Tensor], *, exact: bool = False) -> Frozen:

@@ -91,16 +91,17 @@ def scratch_map(
 def clear_halo(
     p: Program, target: Target, m: Map, corner: Place, shape: Sequence[int], halo: Halo
 ) -> None:
-    """Zero the halo of a map from :func:`scratch_map`, whose interior another step writes."""
+    """Zero the halo of a map from :func:`scratch_map`, whose interior the next step writes."""
     if halo.empty:
         return
     batch, channels, height, width = shape
-    p.step(
+    step = p.step(
         copy_kernel(copy.border, target), batch,
         out=corner, out_image=m.image, out_row=m.row, height=height,
         top=halo.top, bottom=halo.bottom, left=halo.left * channels,
         right=halo.right * channels, width_elements=width * channels,
     )  # fmt: skip
+    step.alongside = True
 
 
 def read(

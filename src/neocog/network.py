@@ -22,9 +22,11 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Input:
-    """A tensor from outside: an argument of the call or a parameter, by its name."""
+    """A tensor from outside: an argument of the call, or a parameter, by its name."""
 
     name: str
+    argument: int | None = None
+    """Which argument it is."""
 
 
 @dataclass(frozen=True)

@@ -90,9 +90,6 @@ class Parameters:
         scale = weight / torch.sqrt(var + norm.eps)
         return scale.float(), (bias - mean * scale).float()
 
-    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """Frozen: nothing changes."""
-
 
 def _sources(norm: Norm) -> set[str]:
     return {norm.mean, norm.var} | {n for n in (norm.weight, norm.bias) if n is not None}

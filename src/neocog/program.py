@@ -56,6 +56,8 @@ class Step:
     fields: dict[str, Place | int]
     about: object = None
     """What it is a step of: see :attr:`Program.about`."""
+    alongside: bool = False
+    """Whether the next step may run at the same time: it does not touch what this one writes."""
 
     def words(self, scratch: dict[str, Place | int]) -> list[int]:
         """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers."""
@@ -246,7 +248,7 @@ class Program:
         own = arena  # one section's own scratch is the next one's
         steps = np.asarray(
             [
-                (s.kernel.address, s.items, table.ctypes.data)
+                (s.kernel.address, s.items, table.ctypes.data, int(s.alongside))
                 for s, table in zip(self.steps, tables, strict=True)
             ],
             np.int64,

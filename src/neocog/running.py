@@ -40,17 +40,22 @@ class Plans:
 
     def __init__(self) -> None:
         self._made: OrderedDict[Hashable, Plan | None] = OrderedDict()
+        self._latest: tuple[Hashable, Plan | None] = (None, None)
         self._lock = threading.RLock()  # callers in other threads may drop what is looked up here
 
     def find(self, key: Hashable, make: Callable[[], Plan | None]) -> Plan | None:
         """What was made for ``key``, or ``make()``, which may say that there is none."""
+        latest = self._latest  # one tuple: whatever other threads do, its parts belong together
+        if latest[0] == key:
+            return latest[1]
         with self._lock:
             if key not in self._made:
                 self._made[key] = make()
                 while len(self._made) > PLANS_KEPT:
                     self._made.popitem(last=False)
             self._made.move_to_end(key)
-            return self._made[key]
+            self._latest = (key, self._made[key])
+            return self._latest[1]
 
     def __iter__(self) -> Iterator[Plan]:
         """The plans, the latest used last."""
@@ -66,37 +71,48 @@ class Bound:
     """Packed weights and vectors, whose memory it reads."""
     fixed: list[int]
     """Their addresses."""
-    themselves: list[tuple[int, str]]
-    """Which of them are parameters unchanged, and their names."""
-    results: list[tuple[Node, Shape, torch.memory_format]]
-    """Its outputs, as tensors to be made."""
+    arguments: list[tuple[int, int]]
+    """Which of them are arguments of the call, and which these are."""
+    results: list[tuple[Node, Shape, torch.memory_format | None]]
+    """Its outputs, as tensors to be made; None: contiguous."""
 
     @classmethod
-    def of(cls, stage: Native, layout: str, parameters: Parameters) -> Bound:
-        """Pack what is not packed yet."""
+    def of(
+        cls, stage: Native, layout: str, parameters: Parameters, arguments: Mapping[str, int]
+    ) -> Bound:
+        """Pack what is not packed yet; ``arguments``: the parameters that come with each call."""
         tensors = [parameters.packed_for(key) for key in stage.packed]
         tensors += [parameters.vector_for(key) for key in stage.vectors]
-        themselves = [
-            (len(stage.packed) + i, str(vector.source))
+        own = [
+            (len(stage.packed) + i, arguments[str(vector.source)])
             for i, vector in enumerate(stage.vectors)
-            if vector.part == ITSELF
+            if vector.part == ITSELF and str(vector.source) in arguments
         ]
-        results = [(node, node.shape, _format(node.shape, layout)) for node in stage.outputs]
-        return cls(stage, tensors, [t.data_ptr() for t in tensors], themselves, results)
+        results = [
+            (node, node.shape, FORMATS[NHWC] if layout == NHWC and len(node.shape) == 4 else None)
+            for node in stage.outputs
+        ]
+        return cls(stage, tensors, [t.data_ptr() for t in tensors], own, results)
 
-    def run(self, values: dict[Node, Any], args: Mapping[str, Tensor], layout: str) -> None:
+    def run(self, values: dict[Node, Any], args: Sequence[Any], layout: str) -> None:
         """Compute its outputs from its inputs, both in ``values``."""
         # Copies are kept in a list: their memory must outlive the call.
         kept = [_ready(values[node], layout) for node in self.stage.inputs]
         addresses = [t.data_ptr() for t in kept]
         for node, shape, format in self.results:
-            made = values[node] = torch.empty(shape, memory_format=format)
+            if format is None:
+                made = kept[0].new_empty(shape)
+            else:
+                made = torch.empty(
+                    shape, dtype=torch.float32, device="cpu", memory_format=format
+                )  # fmt: skip
+            values[node] = made
             addresses.append(made.data_ptr())
         fixed = self.fixed
-        for i, name in self.themselves:
-            if name in args:
-                kept.append(args[name].detach().contiguous())
-                fixed = fixed.copy() if fixed is self.fixed else fixed
+        if self.arguments:
+            fixed = fixed.copy()
+            for i, argument in self.arguments:
+                kept.append(args[argument].detach().contiguous())
                 fixed[i] = kept[-1].data_ptr()
         self.stage.program.run(*addresses, fixed=fixed)
 
@@ -108,8 +124,10 @@ class Plan:
     captured: Captured
     network: Network
     stages: list[Bound | Eager]
-    inputs: list[tuple[Node, str]]
-    """The tensors from outside that its stages read, or that it returns, and their names."""
+    inputs: list[tuple[Node, Input]]
+    """The tensors from outside that its stages read, or that it returns."""
+    leaves: list[Node | Any]
+    """What it returns: nodes, or values that are no tensors."""
     layout: str
     parameters: Parameters
 
@@ -125,40 +143,41 @@ class Plan:
         network = fuse(captured.network, fuses_pool)
         made = stages(network, parameters.target, layout, exact)
         read = {node for stage in made for node in stage.reads} | set(network.outputs)
-        inputs = [
-            (node, node.op.name)
-            for node in network.nodes
-            if node in read and isinstance(node.op, Input)
+        outside = [(node, node.op) for node in network.nodes if isinstance(node.op, Input)]
+        inputs = [(node, op) for node, op in outside if node in read]
+        arguments = {op.name: op.argument for _, op in outside if op.argument is not None}
+        bound = [
+            Bound.of(s, layout, parameters, arguments) if isinstance(s, Native) else s for s in made
         ]
-        bound = [Bound.of(s, layout, parameters) if isinstance(s, Native) else s for s in made]
-        return cls(captured, network, bound, inputs, layout, parameters)
+        fused = dict(zip(captured.network.outputs, network.outputs, strict=True))
+        leaves = [fused[v] if isinstance(v, Node) else v for v in captured.leaves]
+        return cls(captured, network, bound, inputs, leaves, layout, parameters)
 
     @property
     def natives(self) -> list[Native]:
         """The stages that are programs."""
         return [stage.stage for stage in self.stages if isinstance(stage, Bound)]
 
-    def run(self, args: Mapping[str, Tensor]) -> Any:
-        """The model's result for arguments of the captured shapes, by name."""
-        values: dict[Node, Any] = {}
-        for node, name in self.inputs:
-            values[node] = args[name] if name in args else self.parameters.tensors[name]
-        self.parameters.refresh(args)
+    def run(self, args: Sequence[Any]) -> Any:
+        """The model's result for arguments of the captured shapes."""
+        values: dict[Any, Any] = {}
+        for node, op in self.inputs:
+            if op.argument is None:
+                values[node] = self.parameters.tensors[op.name]
+            else:
+                values[node] = args[op.argument]
         for stage in self.stages:
             if isinstance(stage, Bound):
                 stage.run(values, args, self.layout)
             else:
                 _run_eager(stage, values)
-        leaves = zip(self.captured.network.outputs, self.network.outputs, strict=True)
-        return self.captured.result({old: values[new] for old, new in leaves})
-
-
-def _format(shape: Shape, layout: str) -> torch.memory_format:
-    return FORMATS[layout] if len(shape) == 4 else torch.contiguous_format
+        return self.captured.result(
+            [values[v] if isinstance(v, Node) else v for v in self.leaves]
+        )  # fmt: skip
 
 
 def _ready(tensor: Tensor, layout: str) -> Tensor:
-    format = _format(tensor.shape, layout)
+    format = FORMATS[layout] if tensor.dim() == 4 else torch.contiguous_format
     if tensor.is_contiguous(memory_format=format):
         return tensor
     return tensor.detach().contiguous(memory_format=format)

@@ -2,9 +2,10 @@
 
 A program is a list of sections. The steps of a section run ``iterations`` times, each time on
 buffers moved on by a stride (its next images). A section is either *shared*: in every iteration
-all threads take their contiguous share of each step's items and wait at a barrier between steps;
-or *private*: every thread runs whole iterations by itself, in scratch of its own, and waits once at
-the end. With one thread there is no region and no barrier.
+all threads take their contiguous share of each step's items and wait at a barrier between steps,
+unless these may run alongside each other; or *private*: every thread runs whole iterations by
+itself, in scratch of its own, and waits once at the end. With one thread there is no region and no
+barrier.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ SECTION = ("private", "iterations", "moves", "moves_at", "steps", "steps_at")
 MOVE = ("target", "base", "offset", "per_iteration", "per_thread")
 """Words of a move: buffer ``target`` stands so many bytes behind buffer ``base``."""
 
-STEP = ("kernel", "items", "fields")
-"""Words of a step: kernel address, work items, address of its fields."""
+STEP = ("kernel", "items", "fields", "alongside")
+"""Words of a step: kernel address, work items, address of its fields, whether no thread has to wait
+for its end before the next step."""
 
 ARENA = 1
 """The buffer that is scratch."""
@@ -141,7 +143,7 @@ def _iteration(e: Emitter, w: _Walker, head, s, buffers, private, iteration) -> 
         end = e.b.select(private, t.items, end)
         work = [buffers, _pointer(e, t.fields), begin, end, w.thread]
         e.choose(e.less(begin, end), lambda: e.call_address(t.kernel, KERNEL_TYPE, work) and None)
-        _barrier(e, w, head, e.b.not_(private))
+        _barrier(e, w, head, e.b.not_(e.b.or_(private, e.less(0, t.alongside))))
 
     e.loop(0, s.steps, step)
 
