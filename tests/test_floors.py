@@ -23,7 +23,7 @@ FLOORS = {
     5: "cpu",
     6: (
         "program kernels maps pools convolutions compiler "
-        "winograd_steps choices layer_calls capture fusion stages partition parameters"
+        "winograd_steps choices bands layer_calls capture fusion stages partition parameters"
     ),
     7: "execution handback ops running",
     8: "functional nn freezing reports backend",
@@ -47,7 +47,8 @@ BESIDE = {
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
     "choices": "convolutions maps program winograd_steps",
-    "stages": "choices kernels maps pools program",
+    "bands": "kernels maps program",
+    "stages": "bands choices kernels maps pools program",
     "partition": "choices stages",
     "parameters": "choices convolutions kernels program stages",
     "ops": "execution handback",

@@ -6,12 +6,12 @@ out by lifetimes; concatenated maps are written straight into their place among 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from . import choices
+from . import bands, choices
 from .cpu import elementwise, linear
-from .cpu import epilogue as ep
 from .kernels import kernel
 from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, read, scratch_map
 from .network import Concat, Flatten, Layer, Linear, Node, Pointwise
@@ -125,9 +125,13 @@ class Builder:
         for node in self.buffers:
             if node not in self.own and any(u in self.running for u in self.uses[node]):
                 self._read_input(node)
-        for node in nodes:
-            self._emit(node)
-            self._after(node)
+        for chain in bands.deal(nodes, self._linked):
+            if len(chain) > 1:
+                self._emit_chain(chain)
+            else:
+                self._emit(chain[0])
+            for node in chain:
+                self._after(node)
 
     def _shape(self, node: Node) -> tuple[int, int, int, int]:
         """The shape of a node's map in one iteration."""
@@ -256,11 +260,7 @@ class Builder:
 
     def _emit(self, node: Node) -> None:
         self.p.about = node
-        direct = self._direct_output(node)
-        if direct is not None:
-            self.maps[node] = direct
-        elif not isinstance(node.op, Flatten) and node not in self.maps:
-            self._allocate(node)
+        self._make_room(node)
         match node.op:
             case Layer():
                 self._layer(node, node.op)
@@ -277,6 +277,44 @@ class Builder:
                 self._linear(node, node.op)
         if node in self.outputs and node not in self.delivered:
             self._deliver(node)
+
+    def _make_room(self, node: Node) -> None:
+        """Memory for the map of a node; a flattened one sees to it itself."""
+        direct = self._direct_output(node)
+        if direct is not None:
+            self.maps[node] = direct
+        elif not isinstance(node.op, Flatten) and node not in self.maps:
+            self._allocate(node)
+
+    def _linked(self, node: Node, following: Node) -> bool:
+        """Whether the map between two layers is better computed in bands."""
+        if self.images > 1 or following.inputs[:1] != (node,) or self.uses[node] != [following]:
+            return False
+        return 4 * math.prod(node.map_shape[1:]) > bands.BANDED_BYTES and all(
+            isinstance(n.op, Layer)
+            and self.keys[n].algorithm == choices.DIRECT
+            and n.op.block.pool is None
+            and n not in self.slices
+            for n in (node, following)
+        )
+
+    def _emit_chain(self, chain: list[Node]) -> None:
+        """Layers in turn, a few rows at a time."""
+        convs = [replace(n.op.block.conv, batch=1) for n in chain if isinstance(n.op, Layer)]
+        self.p.about = last = chain[-1]
+        self._make_room(last)
+
+        def layer(number: int, conv: Conv, x: Map, out: Map, row: int) -> None:
+            self.p.about = node = chain[number]
+            residuals = [bands.row_of(self.maps[n], row) for n in node.inputs[1:]]
+            plane = 0 if number else self.planes.get(node.inputs[0], 0)
+            self._convolve(node, conv, x, out, residuals, plane)
+
+        halos = [choices.halo(conv, choices.DIRECT) for conv in convs]
+        start = self.maps[chain[0].inputs[0]]
+        bands.emit(self.p, self.target, convs, halos, start, self.maps[last], layer)
+        if last in self.outputs and last not in self.delivered:
+            self._deliver(last)
 
     def _direct_output(self, node: Node) -> Map | None:
         """The output tensor itself, where its layout is the map's and nobody needs a halo."""
@@ -319,14 +357,20 @@ class Builder:
         self.p.work += batch * channels * height * width
 
     def _layer(self, node: Node, op: Layer) -> None:
-        conv, steps = replace(op.block.conv, batch=self.images), op.block.epilogue
-        extra = self._parameters(node)
-        if ep.adds_residual(steps):
-            extra |= self.maps[node.inputs[1]].fields("residual")
-        key = self.keys[node]
+        x, *residuals = (self.maps[n] for n in node.inputs)
+        conv, plane = replace(op.block.conv, batch=self.images), self.planes.get(node.inputs[0], 0)
+        self._convolve(node, conv, x, self.maps[node], residuals, plane)
+
+    def _convolve(
+        self, node: Node, conv: Conv, x: Map, out: Map, residuals: Sequence[Map], plane: int
+    ) -> None:
+        """``conv`` is that of the layer ``node``, or some rows of it."""
+        assert isinstance(node.op, Layer)
+        extra, key = self._parameters(node), self.keys[node]
+        for residual in residuals:
+            extra |= residual.fields("residual")
         packed = self.p.buffer(self.packed[key])
-        x, out = self.maps[node.inputs[0]], self.maps[node]
-        plane = self.planes.get(node.inputs[0], 0)
+        steps = node.op.block.epilogue
         choices.convolve(
             self.p, self.target, conv, key.algorithm, x, packed, out, steps, extra, plane
         )  # fmt: skip
