@@ -2,11 +2,12 @@
 
 A chain of layers is computed in bands: so many rows of its last layer, and of each layer before it
 as many new rows as these need. Only a band of each map in between is kept, with the rows that the
-next band needs again. Each row is computed once.
+next band needs again. No row is computed twice.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -64,16 +65,22 @@ def deal(layers: Sequence[Layer], linked: Callable[[Layer, Layer], bool]) -> lis
 
 
 def bands(convs: Sequence[Conv], rows: int) -> list[list[Rows]]:
-    """For each band of ``rows`` rows of the last layer, the new rows of all layers."""
+    """For each band of ``rows`` rows of the last layer, the new rows of all layers.
+
+    Rows that no later layer reads, as between wide strides, are left out.
+    """
     heights = [conv.out_shape[2] for conv in convs]
     done, made = [0] * len(convs), []
     for stop in range(rows, heights[-1] + rows, rows):
-        stops = [min(stop, heights[-1])]
-        for conv, height in zip(convs[:0:-1], heights[-2::-1], strict=True):
-            read = Rows.of(conv.rows, 0, stops[0])
-            stops.insert(0, min(height, read.first + read.count))
-        made.append([Rows.of(c.rows, a, b) for c, a, b in zip(convs, done, stops, strict=True)])
-        done = stops
+        band = [Rows.of(convs[-1].rows, done[-1], min(stop, heights[-1]))]
+        for number in range(len(convs) - 2, -1, -1):
+            reader, start = band[0], done[number]
+            end = max(start, min(heights[number], reader.first + reader.count))
+            end = end if reader.count else start
+            start = min(end, max(start, reader.first))
+            band.insert(0, Rows.of(convs[number].rows, start, end))
+        made.append(band)
+        done = [rows.stop for rows in band]
     return made
 
 
@@ -81,10 +88,21 @@ def rows_of(convs: Sequence[Conv], elements: int) -> int:
     """How many rows of the last layer make bands that hold about so many elements: even bands."""
     height = convs[-1].out_shape[2]
     rows = LEAST_ROWS
-    while rows < height and _held(convs, rows + 2) <= elements:
+    while rows < height and (_held(convs, rows + 2) <= elements or not _slides(convs, rows)):
         rows += 2
-    rows = -(-height // -(-height // rows))
-    return rows + rows % 2
+    even = -(-height // -(-height // rows))
+    even += even % 2
+    return even if _slides(convs, even) else rows
+
+
+def _slides(convs: Sequence[Conv], rows: int) -> bool:
+    """Whether what stays from a band to the next is moved to a place apart."""
+    for layer in list(zip(*bands(convs, rows), strict=True))[1:]:
+        read = [rows for rows in layer if rows.count]
+        for before, after in itertools.pairwise(read):
+            if before.first + before.count - after.first > after.first - before.first:
+                return False
+    return True
 
 
 def _held(convs: Sequence[Conv], rows: int) -> int:
@@ -192,3 +210,4 @@ def _zero(p: Program, target: Target, kept: _Kept, row: int, count: int) -> None
     shape = (1, kept.shape[1], 0, kept.shape[3])
     corner = kept.corner + row * kept.map.row
     clear_halo(p, target, kept.map, corner, shape, halo)
+    p.steps[-1].alongside = False  # the next step may be the one that reads it
