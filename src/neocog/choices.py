@@ -11,6 +11,9 @@ from .target import Target
 
 DIRECT = "direct"
 
+SHORT_SUMS = "short sums"
+"""Direct convolution that rounds less."""
+
 WINOGRAD = {"winograd4": 4, "winograd2": 2}
 """Name -> m, the side of an output tile."""
 
@@ -24,7 +27,9 @@ DIRECT_SHARE = 0.9
 def algorithm(
     target: Target, conv: Conv, epilogue: tuple[Step, ...] = (), exact: bool = False
 ) -> str:
-    """The algorithm for ``conv``; ``exact`` keeps to sums in the order of the definition."""
+    """The algorithm for ``conv``; ``exact``: direct convolution, long sums cut short."""
+    if exact and convolutions.shortens(conv, epilogue):
+        return SHORT_SUMS
     if exact or not winograd_steps.covers(conv, epilogue) or not conv.multiply_adds:
         return DIRECT
     costs = {name: winograd_steps.cost(target, conv, m) for name, m in WINOGRAD.items()}
@@ -90,5 +95,6 @@ def convolve(p: Program, target: Target, conv: Conv, chosen: str, x, packed: Pla
         winograd_steps.convolve(p, target, conv, x, packed, out, epilogue, extra, m, plane)
     else:
         convolutions.convolve_packed(
-            p, target, conv, x, packed, out, epilogue, None, extra, plane=plane
+            p, target, conv, x, packed, out, epilogue, None, extra, plane=plane,
+            short=chosen == SHORT_SUMS,
         )  # fmt: skip

@@ -30,6 +30,9 @@ CHUNK = 1 << 14
 SUMS = 1 << 14
 """float32 elements of the sums that wait in scratch while chunks are added."""
 
+SHORT = 64
+"""Products in a row that short sums add up before they are added themselves."""
+
 NARROW = 4
 """An input is narrow if the output has more than this many times its channels."""
 
@@ -197,6 +200,13 @@ def _chunk(channels: int, width: int, elements: int) -> int:
     return -(-channels // (count * direct.UNROLL)) * direct.UNROLL
 
 
+def shortens(conv: Conv, epilogue: tuple[Step, ...] = ()) -> bool:
+    """Whether the sums of ``conv`` are long, and can be cut short."""
+    channels = conv.in_channels // conv.groups
+    long = channels * conv.rows.size * conv.cols.size > 2 * SHORT
+    return long and channels % direct.UNROLL == 0 and Block(conv, epilogue).pool is None
+
+
 def packed_elements(target: Target, conv: Conv) -> int:
     """float32 elements of the packed weights of ``conv``."""
     plan = plan_of(target, conv)
@@ -243,6 +253,7 @@ def convolve_packed(
     extra: Mapping[str, Place | int] = MappingProxyType({}),
     any_size: bool = False,
     plane: int = 0,
+    short: bool = False,
 ) -> None:
     """The steps of one convolution with its epilogue, phase by phase, on packed weights.
 
@@ -250,6 +261,8 @@ def convolve_packed(
     ``any_size``: with kernels that serve maps of every size, instead of faster ones that are
     compiled for widths like this one. ``plane``: elements between the channels of ``x``, where they
     are planes (NCHW, for few channels); each channel of a tap then counts as a tap of its own.
+    ``short``: where :func:`shortens` allows, sums of at most ``SHORT`` products are added up, which
+    rounds less than one long sum.
     """
     pooled, phases = Block(conv, epilogue).pool, _phases(conv)
     if plane and is_depthwise(conv):
@@ -268,6 +281,8 @@ def convolve_packed(
     channels = plan.channels
     if plane:
         plan = replace(plan, channels=1, chunk=0)
+    elif short:
+        plan = replace(plan, chunk=min(plan.channels, SHORT))
     blocks, tap_size = _groups(conv) * plan.blocks_per_group, plan.channels * plan.width
     planes = [c * plane for c in range(channels // plan.channels)]
     taps, done = sum(len(phase.pairs) for phase in phases) * len(planes), 0

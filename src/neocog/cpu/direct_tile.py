@@ -94,7 +94,10 @@ def tile_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
 
 
 def chunk_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
-    """chunk(channels, x, w, sums, ahead): add the products of some channels of one tap."""
+    """chunk(channels, x, w, sums, ahead): add the products of some channels of one tap.
+
+    They are summed from zero first: short sums round less.
+    """
     with e.function(f"chunk_{pixels}", [I64, PTR, PTR, PTR, PTR]) as (fn, args):
         channels, x, w, where, ahead = args
         count, vectors = pixels * plan.blocks, [e] * plan.blocks
@@ -105,9 +108,9 @@ def chunk_function(e: Emitter, plan: DirectPlan, pixels: int) -> ir.Function:
             here = e.at(w, e.mul(c, plan.width))
             return _products(plan, e.at(x, c), here, UNROLL, sums, vectors)
 
-        sums = [e.vload(where, i * e.lanes) for i in range(count)]
-        for i, value in enumerate(e.loop(0, channels, some, sums, step=UNROLL)):
-            e.vstore(value, where, i * e.lanes)
+        zeros = [e.zero] * count
+        for i, value in enumerate(e.loop(0, channels, some, zeros, step=UNROLL)):
+            e.vstore(e.b.fadd(e.vload(where, i * e.lanes), value), where, i * e.lanes)
     return fn
 
 
