@@ -23,8 +23,8 @@ from neocog.problem import Act, Add, Affine, Bias, Block, Conv, parse, pooling
 from neocog.program import Program
 from neocog.target import Target, host
 
-BOUND = 5e-6
-"""Of the largest result; seen: 3e-6 for 512 channels. Direct convolution: 6e-7."""
+BOUND = {2: 5e-6, 4: 5e-6, 6: 2e-5}
+"""m -> of the largest result; seen: 3e-6 for 512 channels, 1e-5 with m = 6. Direct: 6e-7."""
 
 GUARD = 96
 """NaN before and behind every tensor, in elements; results must leave them as they are."""
@@ -152,10 +152,10 @@ def check(line: str, target: Target, m: int, pixel: int = 0) -> None:
     scale = max(np.abs(sums).max(initial=0), np.abs(truth).max(initial=0), 1)
     error = np.abs(ours - truth)
     context = f"{line}, F{m}, {target.name}\n{case.program}"
-    assert (error <= BOUND * scale).all(), f"{error.max() / scale} of the largest: {context}"
+    assert (error <= BOUND[m] * scale).all(), f"{error.max() / scale} of the largest: {context}"
 
 
-SIZES = [(m, taps) for m in (2, 4) for taps in (2, 3, 4)]
+SIZES = [(m, taps) for m in (2, 4, 6) for taps in (2, 3, 4) if m + taps - 2 in transforms.POINTS]
 
 
 @pytest.mark.parametrize(("m", "taps"), SIZES)
@@ -192,32 +192,34 @@ def test_the_matrices_of_data_are_exact_in_float32(m, taps):
             assert all(Fraction(float(np.float32(float(c)))) == c for c in entries)
 
 
-@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("m", (2, 4, 6))
 @pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
 @pytest.mark.parametrize("line", SHAPES)
 def test_shapes(line, target, m):
     check(f"{line} | bias | relu", target, m)
 
 
-@pytest.mark.parametrize("m", (2, 4))
 @pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
-@pytest.mark.parametrize("line", STRIDED)
-def test_strides(line, target, m):
+@pytest.mark.parametrize(
+    ("line", "m"),
+    [(line, m) for line in STRIDED for m in (2, 4, 6) if winograd_steps.has_points(parse(line), m)],
+)
+def test_strides(line, m, target):
     check(f"{line} | bias | relu", target, m)
 
 
-@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("m", (2, 4, 6))
 @pytest.mark.parametrize("rows", range(1, 10))
 def test_every_end_of_a_map(rows, m):
     for cols in range(1, 10):
         check(f"conv n2 c3x{rows}x{cols} k5 3x3 p1 | relu", host(), m)
 
 
-@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("m", (2, 4, 6))
 @pytest.mark.parametrize("steps", POINTWISE)
 def test_epilogues(steps, m):
     check(f"conv n2 c6x7x9 k19 3x3 p1 | {steps}".rstrip("| "), host(), m)
-    if m == 4:  # so many tiles that they are done in blocks
+    if m >= 4:  # so many tiles that they are done in blocks
         check(f"conv n2 c6x29x23 k19 3x3 p1 | {steps}".rstrip("| "), host(), m)
 
 
@@ -225,7 +227,7 @@ def test_epilogues(steps, m):
 @pytest.mark.parametrize("kind", ("max", "mean"))
 @pytest.mark.parametrize("size", ("2x2", "3x5", "7x6", "8x13", "17x34"))
 def test_pools(size, kind, target):
-    for m, steps in ((2, "bias | relu"), (4, "bias | add | relu")):
+    for m, steps in ((2, "bias | relu"), (4, "bias | add | relu"), (6, "bias | relu")):
         check(f"conv n2 c5x{size} k19 3x3 p1 | {steps} | {kind} 2x2 s2x2 p0,0,0,0", target, m)
 
 
@@ -237,8 +239,8 @@ def test_maps_may_be_channels_of_wider_ones(target):
 
 @pytest.mark.parametrize("channels", (256, 512))
 def test_many_channels_keep_the_bound(channels):
-    check(f"conv n1 c{channels}x8x8 k64 3x3 p1", host(), 4)
-    check(f"conv n1 c{channels}x8x8 k64 3x3 p1", host(), 2)
+    for m in (2, 4, 6):
+        check(f"conv n1 c{channels}x8x8 k64 3x3 p1", host(), m)
 
 
 def test_panels_larger_than_the_cache_are_fetched_ahead():
@@ -275,7 +277,7 @@ def test_stages_and_blocks_give_the_same_bits(batch):
 
 
 @pytest.mark.parametrize("value", (float("nan"), float("inf"), float("-inf")))
-@pytest.mark.parametrize("m", (2, 4))
+@pytest.mark.parametrize("m", (2, 4, 6))
 def test_what_is_not_finite_stays_in_the_tiles_that_read_it(value, m):
     conv = parse("conv n2 c3x19x15 k5 3x3 p1")
     case = Case(Block(conv), host(), m)
@@ -320,7 +322,7 @@ def test_weights_of_any_strides_and_flipped():
     winograd_steps.convolve(p, host(), adjoint, case._x_map(p), packed, out)
     case.program, case.inputs["w"] = p, w
     truth = reference.convolution_grad_input(conv, g, w)
-    assert np.abs(case.run(x=g) - truth).max() <= BOUND * np.abs(truth).max()
+    assert np.abs(case.run(x=g) - truth).max() <= BOUND[4] * np.abs(truth).max()
 
 
 def test_the_cost_tells_where_winograd_pays():

@@ -14,8 +14,12 @@ DIRECT = "direct"
 SHORT_SUMS = "short sums"
 """Direct convolution that rounds less."""
 
-WINOGRAD = {"winograd4": 4, "winograd2": 2}
+WINOGRAD = {"winograd6": 6, "winograd4": 4, "winograd2": 2}
 """Name -> m, the side of an output tile."""
+
+COARSE = ("winograd6",)
+"""Single results are off by up to 1e-5 of the largest, those of other algorithms by 3e-6: not for
+values that a network returns. Sums of them, which later layers take, are off by less."""
 
 PLANES = 4
 """Up to so many channels of an input are read as the planes they come as."""
@@ -25,14 +29,25 @@ DIRECT_SHARE = 0.9
 
 
 def algorithm(
-    target: Target, conv: Conv, epilogue: tuple[Step, ...] = (), exact: bool = False
+    target: Target,
+    conv: Conv,
+    epilogue: tuple[Step, ...] = (),
+    exact: bool = False,
+    last: bool = False,
 ) -> str:
-    """The algorithm for ``conv``; ``exact``: direct convolution, long sums cut short."""
+    """The algorithm for ``conv``; ``exact``: direct convolution, long sums cut short.
+
+    ``last``: its values are returned as they are, not summed up by another layer.
+    """
     if exact and convolutions.shortens(conv, epilogue):
         return SHORT_SUMS
     if exact or not winograd_steps.covers(conv, epilogue) or not conv.multiply_adds:
         return DIRECT
-    costs = {name: winograd_steps.cost(target, conv, m) for name, m in WINOGRAD.items()}
+    costs = {
+        name: winograd_steps.cost(target, conv, m)
+        for name, m in WINOGRAD.items()
+        if winograd_steps.has_points(conv, m) and not (last and name in COARSE)
+    }
     costs[DIRECT] = _direct_cost(target, conv)
     return min(costs, key=lambda name: costs[name])
 

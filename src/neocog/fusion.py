@@ -52,7 +52,24 @@ def fuse(network: Network, fuses_pool: PoolChoice) -> Network:
                 break
         made[node] = Node(op, inputs, node.shape, node.name if merged is None else _name(op))
         nodes.append(made[node])
-    return Network(nodes, [made[node] for node in network.outputs])
+    fused = Network(nodes, [made[node] for node in network.outputs])
+    _mark_last(fused)
+    return fused
+
+
+def _mark_last(network: Network) -> None:
+    """Tell layers whether their values are returned, see :attr:`Layer.last`."""
+    uses = network.uses()
+    last: set[Node] = set()
+    for node in reversed(network.nodes):
+        if any(u is node or (u in last and not _sums(u)) for u in uses[node]):
+            last.add(node)
+            if isinstance(node.op, Layer):
+                node.op = replace(node.op, last=True)
+
+
+def _sums(node: Node) -> bool:
+    return isinstance(node.op, Layer | Linear)
 
 
 def _name(op: Op) -> str:

@@ -108,6 +108,9 @@ class Layer:
     weight: str
     bias: str | None = None
     norm: Norm | None = None
+    last: bool = False
+    """Whether its values are returned, through pools and pointwise passes at most: no later sums
+    average their rounding errors."""
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,8 @@ class Packed:
     @classmethod
     def of(cls, target: Target, layer: Layer, exact: bool) -> Packed:
         """The packed weights of ``layer``."""
-        chosen = choices.algorithm(target, layer.block.conv, layer.block.epilogue, exact)
+        block = layer.block
+        chosen = choices.algorithm(target, block.conv, block.epilogue, exact, layer.last)
         return cls(layer.weight, replace(layer.block.conv, batch=1), chosen)
 
 

@@ -11,6 +11,7 @@ from .cpu import copy
 from .cpu import epilogue as ep
 from .cpu.winograd import emit
 from .cpu.winograd_plan import LINE, UNROLL, WinogradPlan
+from .cpu.winograd_transforms import POINTS
 from .cpu.winograd_weights import NO_TAP, pack_winograd
 from .errors import Unsupported
 from .kernels import copy_kernel
@@ -31,7 +32,7 @@ STAGED_TILES = 64
 BLOCK_BYTES = 600_000
 """V and M of one block of tiles: a part of the second-level cache."""
 
-REUSE = 48
+REUSE = 32
 """Tiles per block at least, where U does not fit that cache: each block reads all of U."""
 
 CACHED_WEIGHTS = 700_000
@@ -41,7 +42,7 @@ CACHED_WEIGHTS = 700_000
 PRODUCTS_SHARE = 0.97
 """Of the peak that the matrix products reach on data in the caches."""
 
-TRANSFORM_SLOTS = {2: 4.5, 4: 6.5}
+TRANSFORM_SLOTS = {2: 4.5, 4: 6.5, 6: 8.0}
 """m -> vector instructions per vector of V, and of M, to transform it."""
 
 SLOTS_PER_BYTE = 3.0
@@ -73,6 +74,11 @@ def covers(conv: Conv, epilogue: tuple[Step, ...] = ()) -> bool:
         return False
     pool = ep.pooling_of(epilogue)
     return pool is None or _covers_pool(pool)
+
+
+def has_points(conv: Conv, m: int) -> bool:
+    """Whether F(m, r) has interpolation points for the taps of ``conv``."""
+    return m + -(-conv.rows.size // conv.rows.stride) - 2 in POINTS
 
 
 def folds(conv: Conv) -> bool:

@@ -199,7 +199,8 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
     """M of those of the tiles ``first`` to ``stop`` that use one xi, for one register tile across.
 
     The tiles are cut into register tiles as even as can be, ``larger`` of ``size`` + 1 tiles, the
-    others of ``size``.
+    others of ``size``. All of them take one chunk of U, while the nearest cache holds it, before
+    the next.
     """
     xi, group = e.divmod(panel, plan.groups)
     start, end = _users(e, plan, f, xi)
@@ -210,23 +211,32 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
     m = e.at(f.m, e.add(m, e.mul(group, plan.width)))
     u = e.at(f.u, e.mul(panel, plan.panel))
     channel, depth = _depths(e, plan, xi)
-    v, u_used = e.at(v, channel), e.at(u, e.mul(channel, plan.width))
-    share = e.mul(f.prefetch, plan.depth // UNROLL * LINE)
 
     def divide() -> None:
         number = e.divmod(e.add(count, plan.pixels - 1), plan.pixels)[0]
         size, larger = e.divmod(count, number)
+        others = e.mul(larger, e.add(size, 1))
 
-        def tiles(i: Int) -> None:
-            at = e.add(e.mul(i, size), e.min(i, larger))
+        def chunk(c: Int) -> None:
+            at = e.add(channel, c)
+            channels = e.min(e.sub(depth, c), CHUNK)
             # Each register tile fetches its share of the panel that follows.
-            ahead = e.at(u, e.add(e.mul(i, share), plan.panel))
-            args = [e.at(v, e.mul(at, plan.v_row)), u_used, e.at(m, e.mul(at, plan.m_row)),
-                    depth, ahead, f.prefetch]  # fmt: skip
-            here = e.add(size, e.b.zext(e.less(i, larger), I64))
-            _by_size(e, made.products, here, args)
+            pace = e.mul(e.divmod(channels, UNROLL)[0], e.mul(f.prefetch, LINE))
+            ahead = e.add(plan.panel, e.mul(e.mul(e.divmod(c, UNROLL)[0], number),
+                                            e.mul(f.prefetch, LINE)))  # fmt: skip
 
-        e.loop(0, number, tiles)
+            def tiles(first: Int, number: Int, size: Int, ahead: Int) -> None:
+                args = [
+                    e.at(v, e.add(e.mul(first, plan.v_row), at)), e.at(u, e.mul(at, plan.width)),
+                    e.at(m, e.mul(first, plan.m_row)), channels, c, number,
+                    e.at(u, ahead), f.prefetch,
+                ]  # fmt: skip
+                _by_size(e, made.products, size, args)
+
+            e.choose(e.less(0, larger), lambda: tiles(0, larger, e.add(size, 1), ahead))
+            tiles(others, e.sub(number, larger), size, e.add(ahead, e.mul(larger, pace)))
+
+        e.loop(0, depth, chunk, step=CHUNK)
 
     e.choose(e.less(0, count), divide)
 
@@ -274,51 +284,57 @@ def _depths(e: Emitter, plan: WinogradPlan, xi: Int) -> tuple[Int, Int]:
 
 
 def _products_function(e: Emitter, plan: WinogradPlan, tiles: int) -> ir.Function:
-    """products(v, u, m, depth, ahead, prefetch): one register tile of M, ``tiles`` high."""
+    """products(v, u, m, channels, start, count, ahead, prefetch): one chunk of U.
+
+    ``count`` register tiles of M, one below the other and each ``tiles`` high, become the products
+    of some channels, or have them added if ``start`` is not 0.
+    """
     width, blocks, rest = plan.width, plan.blocks, plan.depth % UNROLL
     fetch = e.intrinsic("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
-    with e.function(f"products_{tiles}", [PTR, PTR, PTR, I64, PTR, I64]) as (fn, args):
-        v, u, m, depth, ahead, prefetch = args
+    kinds = [PTR, PTR, PTR, I64, I64, I64, PTR, I64]
+    with e.function(f"products_{tiles}", kinds) as (fn, args):
+        v, u, m, count, start, number, ahead, prefetch = args
+        whole = e.sub(count, e.b.and_(count, I64(UNROLL - 1))) if rest else count
+        trips = e.mul(e.divmod(whole, UNROLL)[0], e.mul(prefetch, LINE))
 
-        def channels(c: Int, count: int, sums: Sequence[ir.Value]) -> list[ir.Value]:
-            at_v, at_u, sums = e.at(v, c), e.at(u, e.mul(c, width)), list(sums)
-            for i in range(count):
-                weights = [e.vload(at_u, i * width + j * e.lanes) for j in range(blocks)]
-                for t in range(tiles):
-                    value = e.broadcast(at_v, t * plan.v_row + i)
-                    for j in range(blocks):
-                        at = t * blocks + j
-                        sums[at] = e.fma(value, weights[j], sums[at])
-            return sums
+        def register_tile(i: Int) -> None:
+            at_v, to = (
+                e.at(base, e.mul(i, tiles * row))
+                for base, row in ((v, plan.v_row), (m, plan.m_row))
+            )
+            fetched = e.at(ahead, e.mul(i, trips))
 
-        def trip(c: Int, *sums: ir.Value) -> list[ir.Value]:
-            line = e.mul(e.mul(e.divmod(c, UNROLL)[0], prefetch), LINE)
+            def channels(c: Int, count: int, sums: Sequence[ir.Value]) -> list[ir.Value]:
+                here, at_u, sums = e.at(at_v, c), e.at(u, e.mul(c, width)), list(sums)
+                for k in range(count):
+                    weights = [e.vload(at_u, k * width + j * e.lanes) for j in range(blocks)]
+                    for t in range(tiles):
+                        value = e.broadcast(here, t * plan.v_row + k)
+                        for j in range(blocks):
+                            at = t * blocks + j
+                            sums[at] = e.fma(value, weights[j], sums[at])
+                return sums
 
-            def one(i: Int) -> None:
-                where = e.at(ahead, e.add(line, e.mul(i, LINE)))
-                e.b.call(fetch, [where, I32(0), I32(2), I32(1)])
+            def trip(c: Int, *sums: ir.Value) -> list[ir.Value]:
+                line = e.mul(e.mul(e.divmod(c, UNROLL)[0], prefetch), LINE)
 
-            e.loop(0, prefetch, one)
-            return channels(c, UNROLL, sums)
+                def one(j: Int) -> None:
+                    where = e.at(fetched, e.add(line, e.mul(j, LINE)))
+                    e.b.call(fetch, [where, I32(0), I32(2), I32(1)])
 
-        def store(sums: Sequence[ir.Value], more: bool) -> None:
-            for at, value in enumerate(sums):
-                where = at // blocks * plan.m_row + at % blocks * e.lanes
-                e.vstore(e.b.fadd(e.vload(m, where), value) if more else value, m, where)
+                e.loop(0, prefetch, one)
+                return channels(c, UNROLL, sums)
 
-        zeros = [e.zero] * (tiles * blocks)
-        whole = depth if plan.shortened else plan.depth - rest
-        if plan.depth < CHUNK:
-            sums = e.loop(0, whole, trip, zeros, step=UNROLL)
-            store(channels(whole, rest, sums), False)
-            return fn
+            def store(more: bool) -> None:
+                for at, value in enumerate(sums):
+                    where = at // blocks * plan.m_row + at % blocks * e.lanes
+                    e.vstore(e.b.fadd(e.vload(to, where), value) if more else value, to, where)
 
-        def chunk(start: Int) -> None:
-            stop = e.min(e.add(start, CHUNK), whole)
-            sums = e.loop(start, stop, trip, zeros, step=UNROLL)
-            e.choose(e.equal(start, 0), lambda: store(sums, False), lambda: store(sums, True))
+            sums = e.loop(0, whole, trip, [e.zero] * (tiles * blocks), step=UNROLL)
+            if rest:
+                last, done = e.less(whole, count), sums
+                sums = e.choose(last, lambda: channels(whole, rest, done), lambda: done)
+            e.choose(e.equal(start, 0), lambda: store(False), lambda: store(True))
 
-        e.loop(0, whole, chunk, step=CHUNK)
-        if rest:
-            store(channels(whole, rest, zeros), True)
+        e.loop(0, number, register_tile)
     return fn

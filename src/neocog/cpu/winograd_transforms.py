@@ -34,6 +34,7 @@ POINTS = {
     3: tuple(map(Fraction, (0, 1, -1))),
     4: tuple(map(Fraction, ("0", "3/2", "-3/2", "1/2"))),
     5: tuple(map(Fraction, ("0", "3/4", "-3/4", "3/2", "-3/2"))),
+    7: tuple(map(Fraction, ("0", "1", "-1", "2", "-2", "1/2", "-1/2"))),
     6: tuple(map(Fraction, ("0", "1", "-1", "2", "-2", "1/4"))),
 }
 """The finite interpolation points, by their number, m+r-2; the last one is infinity."""
