@@ -202,7 +202,7 @@ def test_shapes(line, target, m):
 @pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
 @pytest.mark.parametrize(
     ("line", "m"),
-    [(line, m) for line in STRIDED for m in (2, 4, 6) if winograd_steps.has_points(parse(line), m)],
+    [(line, m) for line in STRIDED for m in (2, 4, 6) if winograd_steps.has_tiles(parse(line), m)],
 )
 def test_strides(line, m, target):
     check(f"{line} | bias | relu", target, m)

@@ -46,7 +46,7 @@ def algorithm(
     costs = {
         name: winograd_steps.cost(target, conv, m)
         for name, m in WINOGRAD.items()
-        if winograd_steps.has_points(conv, m) and not (last and name in COARSE)
+        if winograd_steps.has_tiles(conv, m) and not (last and name in COARSE)
     }
     costs[DIRECT] = _direct_cost(target, conv)
     return min(costs, key=lambda name: costs[name])

@@ -17,6 +17,9 @@ from .problem import Conv
 from .program import Place, Program
 from .target import Target
 
+FEW = 4
+"""Up to so many planes are made channels pixel by pixel."""
+
 NCHW, NHWC = "nchw", "nhwc"
 """Layouts at the border: PyTorch's contiguous and channels_last."""
 
@@ -125,7 +128,8 @@ def read(
         image, row, channel = height * width * channels, width * channels, 1
     rows = height + halo.top + halo.bottom
     p.step(
-        copy_kernel(copy.pack, target, transpose), batch * rows,
+        copy_kernel(copy.pack, target, transpose, channels * (transpose and channels <= FEW)),
+        batch * rows,
         x=place, x_image=image, x_row=row, x_channel=channel,
         out=corner, out_image=made.image, out_row=made.row,
         height=height, width=width, channels=channels,

@@ -95,11 +95,38 @@ def _sources(norm: Norm) -> set[str]:
     return {norm.mean, norm.var} | {n for n in (norm.weight, norm.bias) if n is not None}
 
 
+@dataclass(frozen=True)
+class _Contents:
+    """What tensors held at a call: checksums of their parts."""
+
+    names: list[str]
+    strides: list[tuple[int, ...]]
+    """The same memory read with other strides holds other weights."""
+    ends: list[int]
+    """Where in ``sums`` those of each tensor end."""
+    sums: NDArray[np.int64]
+
+    def same(self, other: _Contents) -> bool:
+        """Whether nothing has changed."""
+        names = self.names == other.names and self.strides == other.strides
+        return names and np.array_equal(self.sums, other.sums)
+
+    def tensors(self) -> dict[str, tuple[tuple[int, ...], list[int]]]:
+        """By name, what is the same where nothing has changed."""
+        starts = [0, *self.ends]
+        return {
+            name: (strides, self.sums[start:end].tolist())
+            for name, strides, start, end in zip(
+                self.names, self.strides, starts, self.ends, strict=False
+            )
+        }
+
+
 @dataclass
 class Live(Parameters):
     """Parameters that may change between calls in any way."""
 
-    _sums: dict[str, NDArray[np.int64]] = field(default_factory=dict)
+    _contents: _Contents | None = None
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of this call; make anew what was made from other contents."""
@@ -107,53 +134,47 @@ class Live(Parameters):
             self.tensors = {**self.tensors, **tensors}
             packed = dict(self.packed)
             watched = {key.weight for key in packed}.union(*map(_sources, self.affine))
-            sums = self._checksums(sorted(watched))
-            old_sums, self._sums = self._sums, sums
-            changed = {
-                n
-                for n, s in sums.items()
-                if n not in old_sums or not np.array_equal(s, old_sums[n])
-            }
+            before, self._contents = self._contents, self._read(sorted(watched))
+            if before is not None and self._contents.same(before):
+                return
+            old = {} if before is None else before.tensors()
+            changed = {n for n, held in self._contents.tensors().items() if old.get(n) != held}
             for key, made in packed.items():
                 if key.weight in changed:
                     self.pack(key, made)
             for norm, vectors in self.affine.items():
                 if changed & _sources(norm):
-                    for old, new in zip(vectors, self.affine_of(norm), strict=True):
-                        old.copy_(new)
+                    for vector, new in zip(vectors, self.affine_of(norm), strict=True):
+                        vector.copy_(new)
 
-    def _checksums(self, names: list[str]) -> dict[str, NDArray[np.int64]]:
-        dense = [_dense(self.tensors[name].detach()) for name in names]
-        program, counts = _summing(tuple(t.numel() for t in dense), self.target)
-        out = np.zeros(sum(counts), dtype=np.int64)
-        program.run(*(t.data_ptr() for t in dense), out.ctypes.data)
-        parts = np.split(out, np.cumsum(counts)[:-1]) if names else []
-        # The same memory read with other strides holds other weights.
-        return {
-            name: np.append(part, t.stride())
-            for name, part, t in zip(names, parts, dense, strict=True)
-        }
+    def _read(self, names: list[str]) -> _Contents:
+        dense = [_dense(self.tensors[name]) for name in names]
+        program, ends = _summing(tuple([t.numel() for t in dense]), self.target)
+        sums = np.zeros(ends[-1] if ends else 0, dtype=np.int64)
+        program.run(*[t.data_ptr() for t in dense], sums.ctypes.data)
+        return _Contents(names, [t.stride() for t in dense], ends, sums)
 
 
 def _dense(tensor: Tensor) -> Tensor:
     """The tensor, or a copy where its elements do not fill one stretch of memory."""
     if tensor.is_contiguous() or tensor.is_contiguous(memory_format=torch.channels_last):
         return tensor
-    return tensor.contiguous()
+    return tensor.detach().contiguous()
 
 
 @functools.lru_cache(64)
 def _summing(sizes: tuple[int, ...], target: Target) -> tuple[Program, list[int]]:
-    """The program that sums tensors of these sizes, and how many sums each gives."""
+    """The program that sums tensors of these sizes, and where the sums of each end."""
     p = Program((*(f"x{i}" for i in range(len(sizes))), "out"))
-    counts, first = [], 0
+    ends, first = [], 0
     for i, size in enumerate(sizes):
         items = -(-size // checksum.CHUNK)
-        p.step(
+        step = p.step(
             kernel(checksum.ChecksumPlan(target)), items,
             x=p.buffer(f"x{i}"), elements=size, out=p.buffer("out") + 2 * first,
         )  # fmt: skip
-        counts.append(items)
+        step.alongside = True
         first += items
+        ends.append(first)
     p.work = sum(sizes)
-    return p, counts
+    return p, ends

@@ -76,9 +76,10 @@ def covers(conv: Conv, epilogue: tuple[Step, ...] = ()) -> bool:
     return pool is None or _covers_pool(pool)
 
 
-def has_points(conv: Conv, m: int) -> bool:
-    """Whether F(m, r) has interpolation points for the taps of ``conv``."""
-    return m + -(-conv.rows.size // conv.rows.stride) - 2 in POINTS
+def has_tiles(conv: Conv, m: int) -> bool:
+    """Whether there are kernels for tiles of m x m; the largest pay at stride 1 alone."""
+    stride = conv.rows.stride
+    return m + -(-conv.rows.size // stride) - 2 in POINTS and (m <= 4 or stride == 1)
 
 
 def folds(conv: Conv) -> bool:

@@ -23,10 +23,13 @@ PACK = (
 )  # fmt: skip
 
 
-def pack(target: Target, transpose: bool) -> Kernel:
-    """Items: N x padded rows. ``transpose``: the source is NCHW, else NHWC."""
-    e = Emitter(target, "pack_nchw" if transpose else "pack_nhwc")
-    tile = _transpose_function(e) if transpose else None
+def pack(target: Target, transpose: bool, few: int = 0) -> Kernel:
+    """Items: N x padded rows. ``transpose``: the source is NCHW, else NHWC.
+
+    ``few``: the number of channels, if they are too few for transposing squares of vectors.
+    """
+    e = Emitter(target, f"pack_{'nchw' if transpose else 'nhwc'}{f'_c{few}' if few else ''}")
+    tile = _transpose_function(e) if transpose and not few else None
     with e.kernel(PACK) as (f, begin, end, _):
 
         def item(number: ir.Value) -> None:
@@ -40,7 +43,13 @@ def pack(target: Target, transpose: bool) -> Kernel:
             def interior() -> None:
                 e.zero_fill(to, left)
                 start = e.at(to, left)
-                if tile is None:
+                if few:
+
+                    def pixel(x: Int) -> None:
+                        _pixel(e, f, e.at(source, x), e.at(start, e.mul(x, few)), few)
+
+                    e.loop(0, f.width, pixel)
+                elif tile is None:
                     e.copy(start, source, middle)
                 else:
                     args = [source, f.x_channel, start, f.channels, f.channels, f.width]
@@ -100,12 +109,16 @@ def _fold_row(e: Emitter, f, source, to, odd: int, channels: int, depth: int) ->
 
     def pixel(x: Int) -> None:
         place = e.at(source, e.mul(e.sub(e.mul(x, 2), before), f.x_pixel))
-        out = e.at(to, e.mul(x, depth))
-        for c in range(channels):
-            value = e.b.load(e.at(place, e.mul(f.x_channel, c)), align=4, typ=F32)
-            e.b.store(value, e.at(out, c), align=4)
+        _pixel(e, f, place, e.at(to, e.mul(x, depth)), channels)
 
     e.loop(start, stop, pixel)
+
+
+def _pixel(e: Emitter, f, source: ir.Value, to: ir.Value, channels: int) -> None:
+    """Copy the channels of one pixel."""
+    for c in range(channels):
+        value = e.b.load(e.at(source, e.mul(f.x_channel, c)), align=4, typ=F32)
+        e.b.store(value, e.at(to, c), align=4)
 
 
 TRANSPOSE = (
