@@ -178,12 +178,32 @@ def winograd() -> nn.Module:
     return nn.Sequential(conv(3, 32), nn.ReLU(), conv(32, 40), nn.BatchNorm2d(40), nn.SiLU())
 
 
+def padded() -> nn.Module:
+    """Zeros before a convolution, before a pool, in a concatenation, and returned."""
+
+    def flow(m, x):
+        y = m.first(F.pad(x, (0, 1, 2, 0)))
+        pooled = F.max_pool2d(F.pad(y, (1, 1)), 3, 2)
+        both = torch.cat([F.pad(y, (1, 0)), m.second(F.pad(y, (1, 0)))], 1)
+        return pooled, both, F.pad(both, (0, 2, 3, 0))
+
+    return Net(flow, first=conv(3, 19, stride=2), second=conv(19, 5))
+
+
+def strided() -> nn.Module:
+    """Strides of 2, the first of which read few channels, and every end of a map."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 7, 2, 3), nn.ReLU(), conv(16, 48), nn.ReLU(),
+        nn.Conv2d(48, 64, 3, 2, 1), nn.BatchNorm2d(64), nn.ReLU(), conv(64, 40), nn.MaxPool2d(2),
+    )  # fmt: skip
+
+
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     made.__name__: made
     for made in (
         chain, residual_add_relu, residual_relu_norm_add, pre_activation, concatenation,
         squeeze_and_excite, separable, two_outputs, shared_weights, in_place, vectors,
-        foreign_layers, pools, winograd,
+        foreign_layers, pools, winograd, padded, strided,
     )
 }  # fmt: skip
 """Every network takes maps of 3 channels with even sides."""

@@ -18,8 +18,11 @@ WINOGRAD = {"winograd6": 6, "winograd4": 4, "winograd2": 2}
 """Name -> m, the side of an output tile."""
 
 COARSE = ("winograd6",)
-"""Single results are off by up to 1e-5 of the largest, those of other algorithms by 3e-6: not for
-values that a network returns. Sums of them, which later layers take, are off by less."""
+"""Single results are off by up to 1e-5 of the largest, those of other algorithms by 3e-6: only for
+values of which later layers take long sums, which average the errors."""
+
+AVERAGED = 256
+"""Terms of a sum that is long enough for that."""
 
 PLANES = 4
 """Up to so many channels of an input are read as the planes they come as."""
@@ -33,11 +36,11 @@ def algorithm(
     conv: Conv,
     epilogue: tuple[Step, ...] = (),
     exact: bool = False,
-    last: bool = False,
+    averaged: int = 0,
 ) -> str:
     """The algorithm for ``conv``; ``exact``: direct convolution, long sums cut short.
 
-    ``last``: its values are returned as they are, not summed up by another layer.
+    ``averaged``: terms of the sums that take its values, see ``network.Layer``.
     """
     if exact and convolutions.shortens(conv, epilogue):
         return SHORT_SUMS
@@ -46,7 +49,7 @@ def algorithm(
     costs = {
         name: winograd_steps.cost(target, conv, m)
         for name, m in WINOGRAD.items()
-        if winograd_steps.has_tiles(conv, m) and not (last and name in COARSE)
+        if winograd_steps.has_tiles(conv, m) and (averaged >= AVERAGED or name not in COARSE)
     }
     costs[DIRECT] = _direct_cost(target, conv)
     return min(costs, key=lambda name: costs[name])
@@ -62,8 +65,8 @@ def fuses_pool(
     target: Target, conv: Conv, epilogue: tuple[Step, ...], pool: Pool, exact: bool = False
 ) -> bool:
     """Whether to pool in the epilogue; not where that would cost the faster algorithm."""
-    without = algorithm(target, conv, epilogue, exact)
-    return algorithm(target, conv, (*epilogue, pool.step), exact) == without
+    without = algorithm(target, conv, epilogue, exact, AVERAGED)
+    return algorithm(target, conv, (*epilogue, pool.step), exact, AVERAGED) == without
 
 
 def halo(conv: Conv, chosen: str) -> Halo:

@@ -22,10 +22,11 @@ from .network import (
     Node,
     Norm,
     Op,
+    Padding,
     Pointwise,
     Pooling,
 )
-from .problem import Act, Add, Affine, Bias, Block, Pool, Step
+from .problem import Act, Add, Affine, Bias, Block, Conv, Pool, Step
 from .problem import Pooling as PoolStep
 
 LARGEST_FUSED_WINDOW = 3
@@ -53,23 +54,29 @@ def fuse(network: Network, fuses_pool: PoolChoice) -> Network:
         made[node] = Node(op, inputs, node.shape, node.name if merged is None else _name(op))
         nodes.append(made[node])
     fused = Network(nodes, [made[node] for node in network.outputs])
-    _mark_last(fused)
+    _count_averaged(fused)
     return fused
 
 
-def _mark_last(network: Network) -> None:
-    """Tell layers whether their values are returned, see :attr:`Layer.last`."""
+def _count_averaged(network: Network) -> None:
+    """Tell layers in what sums their values are returned, see :attr:`Layer.averaged`."""
     uses = network.uses()
-    last: set[Node] = set()
+    terms: dict[Node, int] = {}
     for node in reversed(network.nodes):
-        if any(u is node or (u in last and not _sums(u)) for u in uses[node]):
-            last.add(node)
-            if isinstance(node.op, Layer):
-                node.op = replace(node.op, last=True)
+        found = [0 if u is node else _terms(u) or terms[u] for u in uses[node]]
+        terms[node] = min(found, default=0)
+        if isinstance(node.op, Layer):
+            node.op = replace(node.op, averaged=terms[node])
 
 
-def _sums(node: Node) -> bool:
-    return isinstance(node.op, Layer | Linear)
+def _terms(node: Node) -> int:
+    """Products in a sum of a layer; 0 for what sums nothing."""
+    match node.op:
+        case Layer(block=Block(conv=conv)):
+            return conv.in_channels // conv.groups * conv.rows.size * conv.cols.size
+        case Linear():
+            return node.inputs[0].shape[1]
+    return 0
 
 
 def _name(op: Op) -> str:
@@ -92,6 +99,8 @@ def _alone(op: Op) -> Op:
 def _merge(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> Op | None:
     """The producer's operation with that of ``node`` behind it, if there is a kernel for it."""
     match producer.op, node.op:
+        case Padding() as padding, Convolution(conv, weight, bias):
+            return _alone(Convolution(_padded(conv, padding), weight, bias))
         case Layer(block=Block(pool=None)), _:
             return _merge_layer(producer, node, others, fuses_pool)
         case Linear(act=None), Activation(act):
@@ -101,6 +110,18 @@ def _merge(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> 
         case Pointwise(steps=steps), Activation(act) if not _has(steps, Act):
             return replace(producer.op, steps=(*steps, act))
     return None
+
+
+def _padded(conv: Conv, padding: Padding) -> Conv:
+    """``conv`` with the padding of its input as its own."""
+    rows, cols = conv.rows, conv.cols
+    return replace(
+        conv,
+        height=conv.height - padding.top - padding.bottom,
+        width=conv.width - padding.left - padding.right,
+        rows=replace(rows, low=rows.low + padding.top, high=rows.high + padding.bottom),
+        cols=replace(cols, low=cols.low + padding.left, high=cols.high + padding.right),
+    )
 
 
 def _merge_layer(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> Op | None:

@@ -149,6 +149,20 @@ def avg_pool2d(
     return _pool(input, step)
 
 
+def pad(
+    name: Name, input: Tensor, pad: Sequence[int], mode: str = "constant",
+    value: float | None = None,
+) -> Call:  # fmt: skip
+    """torch.nn.functional.pad with zeros around maps."""
+    _maps("padding", input)
+    if mode != "constant" or value or len(pad) not in (2, 4) or min(pad) < 0:
+        raise Unsupported(f"padding {tuple(pad)}, mode {mode}; zeros around maps are covered")
+    left, right, top, bottom = (*pad, 0, 0)[:4]
+    batch, channels, height, width = input.shape
+    shape = (batch, channels, height + top + bottom, width + left + right)
+    return Call(net.Padding(top, bottom, left, right), (input,), shape, "pad")
+
+
 def _adaptive(kind: str, input: Tensor, output_size: Any) -> Call | Tensor:
     _maps("adaptive pooling", input)
     sizes = output_size if isinstance(output_size, Sequence) else (output_size,) * 2
@@ -288,6 +302,7 @@ CALLS: dict[Any, Callable[..., Call | Tensor]] = {
     F.gelu: gelu,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), max_pool2d),
     F.avg_pool2d: avg_pool2d,
+    **dict.fromkeys((F.pad, torch._C._nn.pad), pad),
     F.adaptive_avg_pool2d: adaptive_avg_pool2d,
     F.adaptive_max_pool2d: adaptive_max_pool2d,
     **dict.fromkeys((torch.mean, Tensor.mean), mean),

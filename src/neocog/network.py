@@ -74,6 +74,16 @@ class Pooling:
 
 
 @dataclass(frozen=True)
+class Padding:
+    """Zeros around maps: rows and columns on each side, none of them negative."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+@dataclass(frozen=True)
 class Arithmetic:
     """``a + b`` or ``a * b``, where a and b have one shape or b is (N, C, 1, 1)."""
 
@@ -108,9 +118,9 @@ class Layer:
     weight: str
     bias: str | None = None
     norm: Norm | None = None
-    last: bool = False
-    """Whether its values are returned, through pools and pointwise passes at most: no later sums
-    average their rounding errors."""
+    averaged: int = 0
+    """How many terms the sums have at least in which its values reach what is returned: these
+    average its rounding errors. 0 if they are returned through pools and pointwise passes alone."""
 
 
 @dataclass(frozen=True)
@@ -135,8 +145,8 @@ class Foreign:
 
 
 Op = (
-    Input | Convolution | BatchNorm | Activation | Pooling | Arithmetic | Concat | Flatten | Linear
-    | Layer | Pointwise | Foreign
+    Input | Convolution | BatchNorm | Activation | Pooling | Padding | Arithmetic | Concat | Flatten
+    | Linear | Layer | Pointwise | Foreign
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from . import bands, choices
 from .cpu import elementwise, linear
 from .kernels import kernel
 from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, read, scratch_map
-from .network import Concat, Flatten, Layer, Linear, Node, Pointwise
+from .network import Concat, Flatten, Layer, Linear, Node, Padding, Pointwise
 from .network import Pooling as PoolNode
 from .pools import pool_steps
 from .problem import Bias, Conv
@@ -38,7 +38,7 @@ class Packed:
     def of(cls, target: Target, layer: Layer, exact: bool) -> Packed:
         """The packed weights of ``layer``."""
         block = layer.block
-        chosen = choices.algorithm(target, block.conv, block.epilogue, exact, layer.last)
+        chosen = choices.algorithm(target, block.conv, block.epilogue, exact, layer.averaged)
         return cls(layer.weight, replace(layer.block.conv, batch=1), chosen)
 
 
@@ -169,7 +169,7 @@ class Builder:
         for node in self.nodes:
             first = 0
             for source in node.inputs if isinstance(node.op, Concat) else ():
-                own = source in self.own and not isinstance(source.op, Concat | Flatten)
+                own = source in self.own and not isinstance(source.op, Concat | Flatten | Padding)
                 if own and source not in found:
                     found[source] = (node, first)
                 first += source.map_shape[1]
@@ -268,6 +268,8 @@ class Builder:
             case PoolNode(pool):
                 x, pool = self.maps[node.inputs[0]], replace(pool, batch=self.images)
                 pool_steps(self.p, self.target, pool, x, self.maps[node], None)
+            case Padding():
+                self._pad(node, node.op)
             case Pointwise():
                 self._pointwise(node, node.op)
             case Concat():
@@ -383,6 +385,13 @@ class Builder:
         self._elementwise(
             op.kind, op.steps, sources, self.maps[node], self._shape(node), self._parameters(node)
         )
+
+    def _pad(self, node: Node, op: Padding) -> None:
+        m, source = self.maps[node], node.inputs[0]
+        inside = replace(m, place=m.place + (op.top * m.row + op.left * m.pixel))
+        shape, halo = self._shape(source), Halo(op.top, op.bottom, op.left, op.right)
+        clear_halo(self.p, self.target, inside, m.place, shape, halo)
+        self._copy(self.maps[source], inside, shape)
 
     def _concat(self, node: Node) -> None:
         m, first = self.maps[node], 0
