@@ -31,6 +31,7 @@ ANSWERS = {
     "prepare": lambda: {"import_s": 2.0, "prepare_s": 0.5, "first_call_s": 0.25},
     "check": lambda: {"error": {"wrong": 0.5, "nan": float("nan")}.get(engine, 1e-6)},
     "time": lambda: {"ms": next(times), "calls": 4},
+    "limit": lambda: {"peak": 1e9, "multiply_adds": 1e6},
     "memory": lambda: {"peak_mb": 8.0, "steady_mb": 4.0, "winograd_mb": None},
 }
 

@@ -23,7 +23,7 @@ FLOORS = {
     5: "cpu",
     6: (
         "program kernels maps pools convolutions compiler "
-        "winograd_steps choices bands layer_calls capture fusion stages partition parameters"
+        "winograd_steps choices bands layer_calls capture fusion stages partition parameters tuning"
     ),
     7: "execution handback ops running",
     8: "functional nn freezing reports backend",
@@ -51,6 +51,7 @@ BESIDE = {
     "stages": "bands choices kernels maps pools program",
     "partition": "choices stages",
     "parameters": "choices convolutions kernels program stages",
+    "tuning": "choices maps stages",
     "ops": "execution handback",
     "running": "execution",
     "backend": "freezing reports",
@@ -69,7 +70,7 @@ BESIDE = {
     "layers": "sight",
     "tracing": "layers sight",
     "network_benchmark": "architectures models benchmark",
-    "contenders": "architectures",
+    "contenders": "architectures benchmark",
     "race": "contenders",
     "layer_times": "benchmark",
     "diagnosis": "benchmark",

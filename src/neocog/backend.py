@@ -23,9 +23,9 @@ from .target import host
 
 log = logging.getLogger("neocog")
 
-OPTIONS = {"strict": False, "exact": False}
+OPTIONS = {"strict": False, "exact": False, "tune": False}
 """Options and their defaults. ``strict``: raise instead of running a whole graph in PyTorch;
-``exact``: no Winograd (see :func:`neocog.freeze`)."""
+``exact``: no Winograd, ``tune``: try every algorithm (see :func:`neocog.freeze`)."""
 
 _graphs: weakref.WeakSet[LiveGraph] = weakref.WeakSet()
 
@@ -93,7 +93,9 @@ class LiveGraph:
             self._hand_back(str(error))
             return None
         self.parameters.refresh({**captured.parameters, **_named(args)})
-        plan = Plan.of(captured, layout, self.parameters, self.options["exact"])
+        plan = Plan.of(
+            captured, layout, self.parameters, self.options["exact"], self.options["tune"]
+        )
         self.report = report_of(plan)
         log.info("%s", self.report)
         return plan

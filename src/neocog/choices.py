@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from . import convolutions, winograd_steps
 from .convolutions import Weights
 from .maps import Halo, halo_of
@@ -31,28 +33,41 @@ DIRECT_SHARE = 0.9
 """Share of the processor's peak that direct convolution reaches on layers Winograd covers."""
 
 
-def algorithm(
-    target: Target,
-    conv: Conv,
-    epilogue: tuple[Step, ...] = (),
-    exact: bool = False,
-    averaged: int = 0,
-) -> str:
-    """The algorithm for ``conv``; ``exact``: direct convolution, long sums cut short.
+Choice = Callable[[Conv, tuple[Step, ...], int], str]
+"""(conv, epilogue, averaged) -> the name of an algorithm; see :func:`algorithm`."""
+
+
+def candidates(conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0) -> list[str]:
+    """The algorithms for ``conv``.
 
     ``averaged``: terms of the sums that take its values, see ``network.Layer``.
     """
-    if exact and convolutions.shortens(conv, epilogue):
-        return SHORT_SUMS
-    if exact or not winograd_steps.covers(conv, epilogue) or not conv.multiply_adds:
-        return DIRECT
-    costs = {
-        name: winograd_steps.cost(target, conv, m)
+    if not winograd_steps.covers(conv, epilogue) or not conv.multiply_adds:
+        return [DIRECT]
+    return [DIRECT] + [
+        name
         for name, m in WINOGRAD.items()
         if winograd_steps.has_tiles(conv, m) and (averaged >= AVERAGED or name not in COARSE)
-    }
-    costs[DIRECT] = _direct_cost(target, conv)
-    return min(costs, key=lambda name: costs[name])
+    ]
+
+
+def algorithm(
+    target: Target, conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0
+) -> str:
+    """The algorithm for ``conv`` that is estimated to be the fastest."""
+    found = candidates(conv, epilogue, averaged)
+    return min(found, key=lambda name: _cost(target, conv, name)) if len(found) > 1 else found[0]
+
+
+def exact(conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0) -> str:
+    """The algorithm for ``conv`` that rounds least: direct, long sums cut short."""
+    return SHORT_SUMS if convolutions.shortens(conv, epilogue) else DIRECT
+
+
+def _cost(target: Target, conv: Conv, name: str) -> float:
+    if name == DIRECT:
+        return _direct_cost(target, conv)
+    return winograd_steps.cost(target, conv, WINOGRAD[name])
 
 
 def _direct_cost(target: Target, conv: Conv) -> float:
@@ -61,12 +76,10 @@ def _direct_cost(target: Target, conv: Conv) -> float:
     return conv.multiply_adds * lanes / conv.out_channels / DIRECT_SHARE
 
 
-def fuses_pool(
-    target: Target, conv: Conv, epilogue: tuple[Step, ...], pool: Pool, exact: bool = False
-) -> bool:
-    """Whether to pool in the epilogue; not where that would cost the faster algorithm."""
-    without = algorithm(target, conv, epilogue, exact, AVERAGED)
-    return algorithm(target, conv, (*epilogue, pool.step), exact, AVERAGED) == without
+def fuses_pool(choose: Choice, conv: Conv, epilogue: tuple[Step, ...], pool: Pool) -> bool:
+    """Whether to pool in the epilogue; not where that would cost the better algorithm."""
+    without = choose(conv, epilogue, AVERAGED)
+    return choose(conv, (*epilogue, pool.step), AVERAGED) == without
 
 
 def halo(conv: Conv, chosen: str) -> Halo:

@@ -9,6 +9,8 @@ builds the network with fixed weights and then answers requests, one JSON object
     {"do": "prepare"}               {"import_s", "prepare_s", "first_call_s"}
     {"do": "check"}                 {"error": max|out - reference| / max|reference|}
     {"do": "time", "seconds": s}    {"ms": median of the calls of about s seconds, "calls": n}
+    {"do": "limit"}                 {"peak": multiply-adds per second, "multiply_adds": of a call};
+                                    neocog-freeze only
     {"do": "memory"}                {"peak_mb", "steady_mb"} over the built network, {"winograd_mb"}
 
 An answer is {"ok": true, ...}, or {"ok": false, "reason": "..."}. It ends when stdin does. Whatever
@@ -344,6 +346,21 @@ class Contender:
             taken = _seconds(self.run)
         calls = [taken, *(_seconds(self.run) for _ in range(int(seconds / taken)))]
         return {"ms": 1e3 * statistics.median(calls), "calls": len(calls)}
+
+    def limit(self) -> dict[str, Any]:
+        """What the processor could do at most, and what one call asks of it by definition."""
+        from .benchmark import peak_program
+        from .freezing import Frozen
+        from .target import host
+
+        program, buffers, work = peak_program(host(), self.task.threads)
+        addresses = [t.data_ptr() for t in buffers]
+        run = functools.partial(program.run, *addresses, threads=self.task.threads)
+        _seconds(run)
+        frozen = self.run.func if isinstance(self.run, functools.partial) else self.run
+        assert isinstance(frozen, Frozen)
+        asked = sum(node.multiply_adds for node in frozen.plans[-1].network.nodes)
+        return {"peak": work / _seconds(run), "multiply_adds": asked}
 
     def memory(self) -> dict[str, Any]:
         """Growth of resident memory over the built network, at its peak and now."""

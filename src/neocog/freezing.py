@@ -17,8 +17,14 @@ from .target import host
 class Frozen:
     """What :func:`freeze` returns: call it like the model."""
 
-    def __init__(self, model: nn.Module, example: Sequence[Tensor], exact: bool = False):
-        self.model, self.exact = model, exact
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Sequence[Tensor],
+        exact: bool = False,
+        tune: bool = False,
+    ):
+        self.model, self.exact, self.tune = model, exact, tune
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(t): name for name, t in tensors}
         self._parameters = Parameters({name: t for name, t in tensors}, host())
@@ -47,7 +53,7 @@ class Frozen:
         parameters = self._parameters
         if extra:
             parameters = Parameters({**known, **extra}, self._parameters.target)
-        return Plan.of(captured, layout_of(args), parameters, self.exact)
+        return Plan.of(captured, layout_of(args), parameters, self.exact, self.tune)
 
     def _capture(self, args: Sequence[Tensor]) -> Captured:
         buffers = dict(self.model.named_buffers())
@@ -72,15 +78,24 @@ class Frozen:
         return self.plan_for(args).run(args)
 
 
-def freeze(model: nn.Module, example: Tensor | Sequence[Tensor], *, exact: bool = False) -> Frozen:
+def freeze(
+    model: nn.Module,
+    example: Tensor | Sequence[Tensor],
+    *,
+    exact: bool = False,
+    tune: bool = False,
+) -> Frozen:
     """Compile ``model`` for inference; its weights must not change any more.
 
     ``model``: in eval mode (InvalidModel otherwise). ``example``: an argument, or a sequence of
     all of them: float32 tensors on the CPU of the shape the model is used with; other shapes are
     compiled when they come. The result takes what the model takes and returns what it returns;
-    it computes no gradients. ``exact``: no Winograd, whose results differ from PyTorch's by up to
-    5e-6 of the largest value and which spreads NaN and infinity over tiles of 4x4. Layers that
-    have no kernel run in PyTorch: see ``neocog.report``. Unsupported if the model's control flow
-    depends on the values of tensors.
+    it computes no gradients. ``exact``: no Winograd, which rounds more (networks' results are off
+    by up to some 3e-6 of the largest value instead of 1e-6) and spreads NaN and infinity over tiles
+    of up to 6x6; and long sums are cut short. ``tune``: each layer is run with every algorithm that
+    covers it, for a second or so in all, and the fastest is kept on disk. Layers that have no
+    kernel run in PyTorch: see ``neocog.report``. Unsupported if the model's control flow depends on
+    the values of tensors.
     """
-    return Frozen(model, [example] if isinstance(example, Tensor) else list(example), exact)
+    examples = [example] if isinstance(example, Tensor) else list(example)
+    return Frozen(model, examples, exact, tune)

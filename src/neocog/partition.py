@@ -30,10 +30,10 @@ class Eager:
 Stage = Native | Eager
 
 
-def stages(network: Network, target: Target, layout: str, exact: bool = False) -> list[Stage]:
+def stages(network: Network, target: Target, layout: str, choose: choices.Choice) -> list[Stage]:
     """The stages of a fused network; maps come in and go out in ``layout``.
 
-    ``exact`` keeps to direct convolution.
+    ``choose`` picks the algorithm of each layer.
     """
     done = {node for node in network.nodes if isinstance(node.op, Input)}
     left = [node for node in network.nodes if node not in done]
@@ -46,8 +46,8 @@ def stages(network: Network, target: Target, layout: str, exact: bool = False) -
         done |= chosen_set
         left = [n for n in left if n not in chosen_set]
         if chosen and native:
-            cut = seam(chosen, target, exact)
-            result.append(Builder(chosen, uses, target, layout, exact, cut).build())
+            cut = seam(chosen, target, choose)
+            result.append(Builder(chosen, uses, target, layout, choose, cut).build())
         elif chosen:
             result.append(Eager(chosen))
         native = not native
@@ -76,7 +76,7 @@ CACHE_BYTES = 1 << 20
 """Maps larger than this travel to memory and back between two layers."""
 
 
-def seam(nodes: list[Node], target: Target, exact: bool) -> int:
+def seam(nodes: list[Node], target: Target, choose: choices.Choice) -> int:
     """How many of the first nodes run image by image, the others on the whole batch.
 
     Image by image, maps stay in the cache and weights are read for every image; on the whole batch
@@ -89,7 +89,7 @@ def seam(nodes: list[Node], target: Target, exact: bool) -> int:
     for node in nodes:
         weights = 0
         if isinstance(node.op, Layer):
-            key = Packed.of(target, node.op, exact)
+            key = Packed.of(choose, node.op)
             weights = 4 * choices.packed_elements(target, key.conv, key.algorithm)
         elif isinstance(node.op, Linear):
             weights = 4 * node.inputs[0].shape[1] * node.shape[1]

@@ -186,11 +186,14 @@ class Race:
                     continue
                 if cold_start:
                     rows.append(_row("cold start", case, engine, cache="empty", **prepared))
-            times = self._take_turns(children, failures)
+            times, peaks = self._take_turns(children, failures)
             # Who cannot tell has a time all the same.
             memory = dict(self._each(dict(children), {}, "memory"))
         for engine, answer in memory.items():
             rows.append(_row("memory", case, engine, **answer))
+        if peaks:
+            asked, peak = peaks[-1]["multiply_adds"], statistics.median(p["peak"] for p in peaks)
+            rows.append(_row("limit", case, FREEZE, multiply_adds=asked, peak=peak))
         if cold_start:
             rows += self._warm_starts(case, children)
         return [*self._times(case, times, errors, failures), *rows]
@@ -220,14 +223,18 @@ class Race:
 
     def _take_turns(
         self, children: dict[str, Child], failures: dict[str, str]
-    ) -> dict[str, list[float]]:
-        """Milliseconds of each engine in each round."""
+    ) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
+        """Milliseconds of each engine in each round, and the processor's peak in each."""
         taken: dict[str, list[float]] = {engine: [] for engine in children}
+        peaks = []
         for _ in range(self.settings.rounds):
             sample = self.settings.sample
             for engine, answer in self._each(children, failures, "time", seconds=sample):
                 taken[engine].append(answer["ms"])
-        return taken
+            if FREEZE in children:
+                with suppress(Failed):
+                    peaks.append(children[FREEZE].ask("limit"))
+        return taken, peaks
 
     def _each(
         self, children: dict[str, Child], failures: dict[str, str], do: str, **more: Any
@@ -293,6 +300,14 @@ class Standing:
 
     case: Case
     ms: dict[str, float]
+    limit: float | None = None
+    """Milliseconds for the network's multiply-adds by definition at the processor's peak."""
+
+    @property
+    def share(self) -> float | None:
+        """Of that limit which ``neocog.freeze`` reaches; over 1 where Winograd saves enough."""
+        taken = self.ms.get(FREEZE)
+        return None if taken is None or self.limit is None else self.limit / taken
 
     @property
     def best_peer(self) -> str | None:
@@ -324,8 +339,17 @@ def case_of(row: Row) -> Case:
 def standings(rows: Sequence[Row]) -> list[Standing]:
     """One per case, in the order of the rows."""
     times = [row for row in rows if row["what"] == "time"]
+    limits = {
+        case_of(row): 1e3 * row["multiply_adds"] / row["peak"]
+        for row in rows
+        if row["what"] == "limit"
+    }
     return [
-        Standing(case, {row["engine"]: row["ms"] for row in group if row["ms"] is not None})
+        Standing(
+            case,
+            {row["engine"]: row["ms"] for row in group if row["ms"] is not None},
+            limits.get(case),
+        )
         for case, group in groupby(times, key=case_of)
     ]
 

@@ -22,6 +22,8 @@ from .parameters import Parameters
 from .partition import Eager, stages
 from .problem import Block, Pool
 from .stages import ITSELF, Native
+from .target import Target
+from .tuning import Tuner
 
 _prefers_channels_last = functools.lru_cache(1024)(strides_prefer_channels_last)
 
@@ -133,15 +135,21 @@ class Plan:
 
     @classmethod
     def of(
-        cls, captured: Captured, layout: str, parameters: Parameters, exact: bool = False
+        cls,
+        captured: Captured,
+        layout: str,
+        parameters: Parameters,
+        exact: bool = False,
+        tune: bool = False,
     ) -> Plan:
-        """Fuse, deal out to stages, compile and pack; ``exact``: direct convolution only."""
+        """Fuse, deal out to stages, compile and pack; for ``exact``, ``tune`` see ``freeze``."""
+        choose = _choice(parameters.target, exact, tune)
 
         def fuses_pool(block: Block, pool: Pool) -> bool:
-            return choices.fuses_pool(parameters.target, block.conv, block.epilogue, pool, exact)
+            return choices.fuses_pool(choose, block.conv, block.epilogue, pool)
 
         network = fuse(captured.network, fuses_pool)
-        made = stages(network, parameters.target, layout, exact)
+        made = stages(network, parameters.target, layout, choose)
         read = {node for stage in made for node in stage.reads} | set(network.outputs)
         outside = [(node, node.op) for node in network.nodes if isinstance(node.op, Input)]
         inputs = [(node, op) for node, op in outside if node in read]
@@ -174,6 +182,12 @@ class Plan:
         return self.captured.result(
             [values[v] if isinstance(v, Node) else v for v in self.leaves]
         )  # fmt: skip
+
+
+def _choice(target: Target, exact: bool, tune: bool) -> choices.Choice:
+    if exact:
+        return choices.exact
+    return Tuner(target) if tune else functools.partial(choices.algorithm, target)
 
 
 def _ready(tensor: Tensor, layout: str) -> Tensor:

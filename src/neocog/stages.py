@@ -35,10 +35,9 @@ class Packed:
     algorithm: str
 
     @classmethod
-    def of(cls, target: Target, layer: Layer, exact: bool) -> Packed:
+    def of(cls, choose: choices.Choice, layer: Layer) -> Packed:
         """The packed weights of ``layer``."""
-        block = layer.block
-        chosen = choices.algorithm(target, block.conv, block.epilogue, exact, layer.averaged)
+        chosen = choose(layer.block.conv, layer.block.epilogue, layer.averaged)
         return cls(layer.weight, replace(layer.block.conv, batch=1), chosen)
 
 
@@ -83,7 +82,7 @@ class Builder:
     """Who reads each node, of the whole network."""
     target: Target
     layout: str
-    exact: bool
+    choose: choices.Choice
     seam: int
     """How many of the first nodes run image by image."""
     maps: dict[Node, Map] = field(default_factory=dict)
@@ -151,7 +150,7 @@ class Builder:
     def _name_parameters(self, node: Node) -> None:
         op = node.op
         if isinstance(op, Layer):
-            key = self.keys[node] = Packed.of(self.target, op, self.exact)
+            key = self.keys[node] = Packed.of(self.choose, op)
             self.packed.setdefault(key, f"w{len(self.packed)}")
         for vector in _vectors(node).values():
             self.vectors.setdefault(vector, f"v{len(self.vectors)}")

@@ -122,6 +122,10 @@ def bench(
         if blocks or network or (networks and layers):
             alone = "--networks" if networks else "--layers"
             raise InvalidProblem(f"{alone}: alone, without other things to measure")
+        if networks and sys.platform != "linux":
+            raise InvalidProblem(
+                f"--networks: needs Linux to stop idle engines, not {sys.platform}"
+            )
         from . import race_view
 
         counts = _numbers("--threads", threads or RACE_THREADS, _processors())
@@ -184,8 +188,6 @@ def _race(
     from ..files import write_atomically
     from . import race_view
 
-    if sys.platform != "linux":
-        raise InvalidProblem(f"--networks: needs Linux to stop idle engines, not {sys.platform}")
     console = race_view.wide_console(quiet=_is_printed(json_file))
     keep = _keeper(json_file)
     rows = race_view.show_race(console, cases, engines, rounds, python, keep)

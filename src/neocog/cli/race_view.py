@@ -40,6 +40,8 @@ NOTES = (
     "ms per call, median of the rounds; float32 [N, C, H, W] in, logits out; one process per "
     "engine, all but one of them stopped",
     "lead: the best peer's ms / neocog-freeze's; compile's lead: inductor's ms / neocog-compile's",
+    "of the limit: the network's multiply-adds by definition at the peak measured in the same "
+    "rounds, over neocog-freeze's ms; Winograd saves multiply-adds and may pass 100 %",
 )
 
 BAR, FRAME, WIDE = 0.26, 0.9, 7.2
@@ -92,7 +94,7 @@ def show_race(
 ) -> list[Row]:
     """Runs the cases, shows each as it is done, and hands all rows so far to ``keep``."""
     rows: list[Row] = []
-    table = _table("networks, ms", [*engines, "lead", "compile's lead"])
+    table = _table("networks, ms", [*engines, "lead", "of the limit", "compile's lead"])
     # No refreshing thread: it would disturb what is being measured.
     with Live(table, console=console, auto_refresh=False) as live:
         for _, group in groupby(cases, key=lambda case: case.network):
@@ -137,6 +139,7 @@ def _time_cells(rows: Sequence[Row], engines: Sequence[str]) -> list[str | Text]
         str(standing.case),
         *(_time(standing, engine) for engine in engines),
         _ratio(standing.lead),
+        "-" if standing.share is None else f"{standing.share:.0%}",
         _ratio(standing.compile_lead),
     ]
 
@@ -205,7 +208,7 @@ def plot(rows: Sequence[Row]) -> bytes:
     # matplotlib takes half a second to import, which no other command should wait for
     from matplotlib.figure import Figure
 
-    found = [(s.case, s.lead, s.best_peer) for s in standings(rows) if s.lead is not None]
+    found = [(s, s.lead) for s in standings(rows) if s.lead is not None]
     figure = Figure(figsize=(WIDE, FRAME + BAR * len(found)), layout="constrained")
     axes = figure.subplots()
     inside: dict[str, Any] = {
@@ -214,12 +217,15 @@ def plot(rows: Sequence[Row]) -> bytes:
         "va": "center",
         "color": "white",
     }
-    for place, (case, lead, peer) in enumerate(found):
-        axes.barh(place, lead, color=COLOURS.get(case.batch, OTHER_COLOUR))
-        axes.annotate(f"{lead:.2f} over {peer}", (0, place), **inside)
+    for place, (standing, lead) in enumerate(found):
+        axes.barh(place, lead, color=COLOURS.get(standing.case.batch, OTHER_COLOUR))
+        text = f"{lead:.2f} over {standing.best_peer}"
+        if standing.share is not None:
+            text += f", {standing.share:.0%} of the limit"
+        axes.annotate(text, (0, place), **inside)
     for value, style in ((REQUIRED, "-"), (GOAL, ":")):
         axes.axvline(value, color="black", linestyle=style, linewidth=0.8)
-    axes.set_yticks(range(len(found)), [str(case) for case, _, _ in found])
+    axes.set_yticks(range(len(found)), [str(standing.case) for standing, _ in found])
     axes.invert_yaxis()
     axes.set(xlabel=f"time of the best peer / time of {FREEZE}")
     buffer = io.BytesIO()
