@@ -3,7 +3,7 @@
 # make check   what to run before every commit: lint, format, types, fast tests
 # make bench   how near the kernels come to the machine's peak; results go to benchmarks/
 # make peers   the engines neocog is raced against, into an environment of their own
-# make race    whole networks beside those engines, which takes hours; results go to benchmarks/
+# make race    whole networks beside those engines, which takes an hour; results go to benchmarks/
 # make install only the set-up, which all of the above do by themselves
 #
 # PYTHON=/path/to/python3.12 picks the interpreter; it has to be 3.11 or newer.

@@ -190,6 +190,18 @@ def padded() -> nn.Module:
     return Net(flow, first=conv(3, 19, stride=2), second=conv(19, 5))
 
 
+def numbers() -> nn.Module:
+    """Maps and numbers, as hard-swish by hand has them."""
+
+    def flow(m, x):
+        y = m.first(x)
+        y = y * F.relu6(y + 3) / 6
+        y += m.second(y) * 0.17
+        return (y - 0.5).mul_(2).sub_(1, alpha=3), 2 * F.relu(3 + x)
+
+    return Net(flow, first=conv(3, 19), second=conv(19, 19))
+
+
 def strided() -> nn.Module:
     """Strides of 2, the first of which read few channels, and every end of a map."""
     return nn.Sequential(
@@ -203,7 +215,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
     for made in (
         chain, residual_add_relu, residual_relu_norm_add, pre_activation, concatenation,
         squeeze_and_excite, separable, two_outputs, shared_weights, in_place, vectors,
-        foreign_layers, pools, winograd, padded, strided,
+        foreign_layers, pools, winograd, padded, numbers, strided,
     )
 }  # fmt: skip
 """Every network takes maps of 3 channels with even sides."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from . import convolutions, winograd_steps
 from .convolutions import Weights
-from .maps import Halo, halo_of
+from .maps import FEW, Halo, halo_of
 from .problem import Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
@@ -25,9 +25,6 @@ values of which later layers take long sums, which average the errors."""
 
 AVERAGED = 256
 """Terms of a sum that is long enough for that."""
-
-PLANES = 4
-"""Up to so many channels of an input are read as the planes they come as."""
 
 DIRECT_SHARE = 0.9
 """Share of the processor's peak that direct convolution reaches on layers Winograd covers."""
@@ -91,7 +88,7 @@ def halo(conv: Conv, chosen: str) -> Halo:
 
 def reads_planes(conv: Conv, chosen: str) -> bool:
     """Whether the algorithm reads inputs of few channels as the planes that NCHW has."""
-    if conv.in_channels > PLANES or conv.groups != 1:
+    if conv.in_channels > FEW or conv.groups != 1:
         return False
     return chosen == DIRECT or winograd_steps.folds(conv)
 

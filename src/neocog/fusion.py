@@ -15,6 +15,7 @@ from .network import (
     Activation,
     Arithmetic,
     BatchNorm,
+    Constants,
     Convolution,
     Layer,
     Linear,
@@ -129,7 +130,7 @@ def _merge_layer(producer: Node, node: Node, others: tuple[Node, ...], fuses_poo
     assert isinstance(layer, Layer)
     steps = layer.block.epilogue
     step: Step
-    norm: Norm | None = layer.norm
+    norm: Norm | Constants | None = layer.norm
     match node.op:
         case BatchNorm(norm=own) if not _has(steps, Affine):
             step, norm = Affine(), own

@@ -205,19 +205,46 @@ def mean(
     return Call(net.Pooling(pool), (input,), shape, "mean")
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _affine(kind: str, input: Tensor, scale: float, shift: float, in_place: bool) -> Call:
+    _maps(kind, input)
+    op = net.BatchNorm(net.Constants(input.shape[1], float(scale), float(shift)))
+    return Call(op, (input,), tuple(input.shape), kind, in_place)
+
+
 def _arithmetic(kind: str, in_place: bool = False) -> Callable[..., Call]:
     def call(name: Name, input: Any, other: Any, *, alpha: float = 1, out: Any = None) -> Call:
+        if _is_number(other) and isinstance(input, Tensor) and out is None:
+            scale, shift = (1, other * alpha) if kind == "add" else (other, 0)
+            return _affine(kind, input, scale, shift, in_place)
         if out is not None or alpha != 1:
             raise Unsupported(f"{kind} with alpha={alpha} or out=")
         a, b = input, other
         if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-            raise Unsupported(f"{kind} of a tensor and a number")
+            raise Unsupported(f"{kind} of {type(a).__name__} and {type(b).__name__}")
         if not in_place and a.shape != b.shape and tuple(a.shape[2:]) == (1, 1):
             a, b = b, a  # the one that is broadcast comes second
         _maps(kind, a, b)
         if a.shape != b.shape and tuple(b.shape) != (*a.shape[:2], 1, 1):
             raise Unsupported(f"{kind} of shapes {tuple(a.shape)} and {tuple(b.shape)}")
         return Call(net.Arithmetic(kind), (a, b), tuple(a.shape), kind, in_place)
+
+    return call
+
+
+def _number(kind: str, in_place: bool = False) -> Callable[..., Call]:
+    """Difference and quotient of a tensor and a number."""
+
+    def call(name: Name, input: Tensor, other: Any, *, alpha: float = 1, **more: Any) -> Call:
+        if more or not _is_number(other) or not isinstance(input, Tensor):
+            raise Unsupported(f"{kind} of other things than a tensor and a number")
+        if kind == "div" and not other:
+            raise Unsupported("division by 0")
+        scale, shift = (1, -alpha * other) if kind == "sub" else (1 / other, 0)
+        return _affine(kind, input, scale, shift, in_place)
 
     return call
 
@@ -310,6 +337,10 @@ CALLS: dict[Any, Callable[..., Call | Tensor]] = {
     **dict.fromkeys((Tensor.add_, Tensor.__iadd__), _arithmetic("add", in_place=True)),
     **dict.fromkeys((torch.mul, Tensor.mul, Tensor.__mul__), _arithmetic("mul")),
     **dict.fromkeys((Tensor.mul_, Tensor.__imul__), _arithmetic("mul", in_place=True)),
+    **dict.fromkeys((torch.sub, Tensor.sub, Tensor.__sub__), _number("sub")),
+    **dict.fromkeys((Tensor.sub_, Tensor.__isub__), _number("sub", in_place=True)),
+    **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), _number("div")),
+    **dict.fromkeys((Tensor.div_, Tensor.__itruediv__), _number("div", in_place=True)),
     **dict.fromkeys((torch.cat, torch.concat), cat),
     **dict.fromkeys((torch.flatten, Tensor.flatten), flatten),
     **dict.fromkeys((Tensor.view, Tensor.reshape, torch.reshape), view),

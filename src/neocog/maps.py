@@ -18,7 +18,8 @@ from .program import Place, Program
 from .target import Target
 
 FEW = 4
-"""Up to so many planes are made channels pixel by pixel."""
+"""Up to so many channels would fill too small a part of a vector: they are read plane by plane, or
+copied one by one."""
 
 NCHW, NHWC = "nchw", "nhwc"
 """Layouts at the border: PyTorch's contiguous and channels_last."""

@@ -44,6 +44,15 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class Constants:
+    """The affine step ``scale * x + shift`` of a model's own numbers, alike for all channels."""
+
+    channels: int
+    scale: float
+    shift: float
+
+
+@dataclass(frozen=True)
 class Convolution:
     """``conv`` of its input with the parameter ``weight`` (K, C/groups, KH, KW), plus ``bias``."""
 
@@ -56,7 +65,7 @@ class Convolution:
 class BatchNorm:
     """``scale[c] * x + shift[c]``."""
 
-    norm: Norm
+    norm: Norm | Constants
 
 
 @dataclass(frozen=True)
@@ -117,7 +126,7 @@ class Layer:
     block: Block
     weight: str
     bias: str | None = None
-    norm: Norm | None = None
+    norm: Norm | Constants | None = None
     averaged: int = 0
     """How many terms the sums have at least in which its values reach what is returned: these
     average its rounding errors. 0 if they are returned through pools and pointwise passes alone."""
@@ -129,7 +138,7 @@ class Pointwise:
 
     kind: str
     steps: tuple[Step, ...]
-    norm: Norm | None = None
+    norm: Norm | Constants | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from . import choices
 from .convolutions import Weights
 from .cpu import checksum
 from .kernels import kernel
-from .network import Norm
+from .network import Constants, Norm
 from .problem import Conv
 from .program import Program
 from .stages import Packed, Vector
@@ -50,7 +50,7 @@ class Parameters:
     target: Target
     packed: MutableMapping[Packed, Tensor] = field(default_factory=weakref.WeakValueDictionary)
     """Kept by the plans that use them: their order may depend on the size of the maps."""
-    affine: dict[Norm, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    affine: dict[Norm | Constants, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _lock: threading.RLock = field(default_factory=threading.RLock)
     """Two callers must not each make their own: a live model would update one of them."""
 
@@ -73,7 +73,7 @@ class Parameters:
 
     def vector_for(self, key: Vector) -> Tensor:
         """A vector of parameters: itself, or the scale or shift of a batch norm."""
-        if not isinstance(key.source, Norm):
+        if not isinstance(key.source, Norm | Constants):
             return self.tensors[str(key.source)].detach().contiguous()
         with self._lock:
             if key.source not in self.affine:
@@ -81,8 +81,11 @@ class Parameters:
             scale, shift = self.affine[key.source]
         return scale if key.part == "scale" else shift
 
-    def affine_of(self, norm: Norm) -> tuple[Tensor, Tensor]:
+    def affine_of(self, norm: Norm | Constants) -> tuple[Tensor, Tensor]:
         """scale = weight / sqrt(var + eps), shift = bias - mean * scale, computed in float64."""
+        if isinstance(norm, Constants):
+            made = [torch.full((norm.channels,), v).float() for v in (norm.scale, norm.shift)]
+            return made[0], made[1]
         get = self.tensors
         mean, var = get[norm.mean].detach().double(), get[norm.var].detach().double()
         weight = get[norm.weight].detach().double() if norm.weight else torch.ones_like(mean)
@@ -91,7 +94,9 @@ class Parameters:
         return scale.float(), (bias - mean * scale).float()
 
 
-def _sources(norm: Norm) -> set[str]:
+def _sources(norm: Norm | Constants) -> set[str]:
+    if isinstance(norm, Constants):
+        return set()
     return {norm.mean, norm.var} | {n for n in (norm.weight, norm.bias) if n is not None}
 
 

@@ -15,16 +15,13 @@ from .cpu.winograd_transforms import POINTS
 from .cpu.winograd_weights import NO_TAP, pack_winograd
 from .errors import Unsupported
 from .kernels import copy_kernel
-from .maps import Map
+from .maps import FEW, Map
 from .problem import Conv, Pooling, Step
 from .program import Place, Program
 from .target import Target
 
 KERNELS = {1: (3,), 2: (3, 5, 7)}
 """Stride -> sizes of kernels."""
-
-FOLDED_CHANNELS = 4
-"""Up to so many channels, the phases of a strided layer's input become channels beforehand."""
 
 STAGED_TILES = 64
 """Up to this many tiles the three stages are steps of their own, which threads share evenly."""
@@ -87,7 +84,7 @@ def folds(conv: Conv) -> bool:
 
     With few channels: they would fill no vectors otherwise.
     """
-    return conv.rows.stride == conv.cols.stride == 2 and conv.in_channels <= FOLDED_CHANNELS
+    return conv.rows.stride == conv.cols.stride == 2 and conv.in_channels <= FEW
 
 
 def _covers_pool(pool: Pooling) -> bool:

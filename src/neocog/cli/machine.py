@@ -110,7 +110,7 @@ def bench(
 ) -> None:
     """Measure neocog's kernels beside the processor's peak and PyTorch, in one run.
 
-    --networks: whole networks beside the engines that `make peers` installs; that takes hours.
+    --networks: whole networks beside the engines that `make peers` installs; that takes an hour.
     """
     from .machine_view import what_can_be_measured
 

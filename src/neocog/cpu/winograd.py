@@ -32,7 +32,7 @@ from types import SimpleNamespace
 from llvmlite import ir
 
 from . import epilogue as ep
-from .lanes import I32, I64, PTR, VOID, Emitter, Int
+from .lanes import I1, I32, I64, PTR, VOID, Emitter, Int
 from .runtime import Kernel, compile_kernel
 from .winograd_plan import LINE, UNROLL, WinogradPlan
 from .winograd_tiles import input_function, output_function
@@ -267,7 +267,7 @@ def _users(e: Emitter, plan: WinogradPlan, f, xi: Int) -> tuple[Int, Int]:
 
 def _is_among(e: Emitter, index: Int, chosen: Sequence[int]) -> ir.Value:
     bits = I64(sum(1 << i for i in chosen))
-    return e.b.trunc(e.b.lshr(bits, index), ir.IntType(1))
+    return e.b.trunc(e.b.lshr(bits, index), I1)
 
 
 def _depths(e: Emitter, plan: WinogradPlan, xi: Int) -> tuple[Int, Int]:
