@@ -7,6 +7,7 @@ import gc
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -267,6 +268,19 @@ def test_after_a_reset_of_dynamo():
     torch._dynamo.reset()
     model[0].weight.data.mul_(2)
     assert right(compiled, model, x)
+
+
+def test_inputs_are_not_kept():
+    """After a call nothing holds its pictures."""
+    model, x = tn.make("residual_add_relu"), tn.images()
+    compiled = torch.compile(model, backend="neocog")
+    with torch.no_grad():
+        compiled(x)
+        compiled(x)
+    gone = weakref.ref(x)
+    del x
+    gc.collect()
+    assert gone() is None
 
 
 def test_live_parameters_know_what_changed():

@@ -416,6 +416,13 @@ def test_what_was_handed_back():
     assert "conv_transpose2d" in str(report)
 
 
+def test_autocast_is_refused():
+    x = tn.images()
+    model = neocog.freeze(tn.make("chain"), x)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Unsupported, match="autocast"):
+        model(x)
+
+
 def test_values_decide():
     model = tn.ready(tn.Net(tn.looks_at_values, first=tn.conv(3, 4)))
     with pytest.raises(Unsupported, match="values"):

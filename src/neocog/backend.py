@@ -92,7 +92,9 @@ class LiveGraph:
         except Unsupported as error:
             self._hand_back(str(error))
             return None
-        self.parameters.refresh({**captured.parameters, **_named(args)})
+        tensors = {**captured.parameters, **_named(args)}
+        self.parameters.refresh(tensors)
+        self.parameters.tensors = tensors  # all of them, until the plan is made
         plan = Plan.of(
             captured, layout, self.parameters, self.options["exact"], self.options["tune"]
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .capture import Captured, capture
@@ -75,6 +76,8 @@ class Frozen:
         for i, a in enumerate(args):
             if not isinstance(a, Tensor) or not a.is_cpu:
                 raise Unsupported(f"argument {i}: expected a tensor on the CPU, got {a!r}")
+        if torch.is_autocast_enabled("cpu"):
+            raise Unsupported("autocast: a frozen model computes float32; call it outside")
         return self.plan_for(args).run(args)
 
 

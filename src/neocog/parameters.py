@@ -134,11 +134,15 @@ class Live(Parameters):
     _contents: _Contents | None = None
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take the tensors of this call; make anew what was made from other contents."""
+        """Take the tensors of this call; make anew what was made from other contents.
+
+        Only those are kept that something has been made from: an input may be large.
+        """
         with self._lock:
-            self.tensors = {**self.tensors, **tensors}
             packed = dict(self.packed)
             watched = {key.weight for key in packed}.union(*map(_sources, self.affine))
+            own = {n: t for n, t in self.tensors.items() if n in watched or n not in tensors}
+            self.tensors = own | {n: tensors[n] for n in watched & tensors.keys()}
             before, self._contents = self._contents, self._read(sorted(watched))
             if before is not None and self._contents.same(before):
                 return
