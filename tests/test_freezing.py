@@ -159,7 +159,17 @@ def test_plans_are_bounded():
     for side in range(1, running.PLANS_KEPT + 4):
         model(tn.images(1, side))
     assert len(model.plans) == running.PLANS_KEPT
-    assert len(model._parameters.packed) <= running.PLANS_KEPT, "weights outlive their plans"
+    assert len(model._parameters.packed) == 1, "weights are packed anew for each size"
+
+
+def test_weights_are_packed_once_for_all_sizes():
+    model = tn.ready(nn.Sequential(tn.conv(3, 32), nn.ReLU(), nn.Conv2d(32, 48, 3, 2), nn.ReLU()))
+    frozen = neocog.freeze(model, tn.images())
+    for side in (7, 16, 31, 64, 90):
+        x = tn.images(2, side)
+        assert near(frozen(x), exact(model, x))
+    algorithms = {(key.weight, key.algorithm) for key in frozen._parameters.packed}
+    assert len(frozen._parameters.packed) == len(algorithms)
 
 
 def test_training_mode_is_refused():

@@ -31,14 +31,19 @@ class Packed:
 
     weight: str
     conv: Conv
-    """For a batch of 1: the batch does not matter."""
+    """The smallest with these channels and windows: the size of the maps does not matter."""
     algorithm: str
 
     @classmethod
     def of(cls, choose: choices.Choice, layer: Layer) -> Packed:
         """The packed weights of ``layer``."""
         chosen = choose(layer.block.conv, layer.block.epilogue, layer.averaged)
-        return cls(layer.weight, replace(layer.block.conv, batch=1), chosen)
+        conv = layer.block.conv
+        rows, cols = (replace(w, low=0, high=0) for w in (conv.rows, conv.cols))
+        smallest = replace(
+            conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols
+        )  # fmt: skip
+        return cls(layer.weight, smallest, chosen)
 
 
 @dataclass(frozen=True)
@@ -215,7 +220,9 @@ class Builder:
         return self.maps[node]
 
     def _after(self, node: Node) -> None:
-        """Count readers; release what nobody reads any more."""
+        """Deliver what is returned; count readers, and release what nobody reads any more."""
+        if node in self.outputs and node not in self.delivered:
+            self._deliver(node)
         if node in self.homes:
             users = [u for u in self.uses[node] if u in self.own and u is not node]
             self.homes[node].readers += len(users)
@@ -277,8 +284,6 @@ class Builder:
                 self._flatten(node)
             case Linear():
                 self._linear(node, node.op)
-        if node in self.outputs and node not in self.delivered:
-            self._deliver(node)
 
     def _make_room(self, node: Node) -> None:
         """Memory for the map of a node; a flattened one sees to it itself."""
@@ -315,8 +320,6 @@ class Builder:
         halos = [choices.halo(conv, choices.DIRECT) for conv in convs]
         start = self.maps[chain[0].inputs[0]]
         bands.emit(self.p, self.target, convs, halos, start, self.maps[last], layer)
-        if last in self.outputs and last not in self.delivered:
-            self._deliver(last)
 
     def _direct_output(self, node: Node) -> Map | None:
         """The output tensor itself, where its layout is the map's and nobody needs a halo."""
