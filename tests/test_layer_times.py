@@ -39,6 +39,13 @@ def test_every_layer_has_a_row(batch, threads):
     assert any(row.seconds > 0 for row in rows)
 
 
+def test_what_is_too_small_for_two_threads():
+    x = torch.randn(1, 3, 4, 4)
+    frozen = neocog.freeze(nn.Sequential(nn.Conv2d(3, 2, 3), nn.ReLU()).eval(), x)
+    rows = layer_times(frozen, x, 2, 2)
+    assert all(0 <= row.seconds < float("inf") for row in rows)
+
+
 def test_layers_between_foreign_calls():
     class Net(nn.Module):
         def __init__(self):

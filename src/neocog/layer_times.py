@@ -80,6 +80,11 @@ class _Timed:
                 made += [steps[number], reading(BETWEEN + 1 + number, 1)]
         return cls(replace(program, steps=made, sections=sections, _built={}), steps, clocks)
 
+    @property
+    def latest(self) -> int:
+        """The clock at the last reading: some of them may have had nothing to do."""
+        return int(self.clocks[:, clock.LAST].max())
+
     def cycles(self) -> np.ndarray:
         """Of each step since the last time asked, on average over the threads that counted."""
         counted = self.clocks[:, BETWEEN + 1 :]
@@ -125,13 +130,13 @@ def _measure(
         run()
         for program in programs:
             program.cycles()
-        before = [program.clocks[-1, clock.LAST] for program in programs]
+        before = [program.latest for program in programs]
         start = time.perf_counter()
         run()
         run()
         wall = time.perf_counter() - start
         for number, program in enumerate(programs):
-            rate = (program.clocks[-1, clock.LAST] - before[number]) / wall
+            rate = (program.latest - before[number]) / wall
             found[number].append(program.cycles() / rate / 2)
     medians = [np.median(np.stack(rows), axis=0) for rows in found]
     return medians, statistics.median(peaks)
