@@ -155,8 +155,12 @@ def emit(
         for conv, halo, rows in zip(convs[1:], halos[1:], capacities(found), strict=True)
     ]
     for band in found:
-        for between, rows in zip(kept, band[1:], strict=True):
-            _slide(p, target, between, rows)
+        for prepare in (_slide, _clear):
+            first = len(p.steps)
+            for between, rows in zip(kept, band[1:], strict=True):
+                prepare(p, target, between, rows)
+            for step in p.steps[first:]:  # different maps; all before what follows
+                step.alongside = step is not p.steps[-1]
         for number, (conv, rows) in enumerate(zip(convs, band, strict=True)):
             if rows.stop == rows.start:
                 continue
@@ -184,21 +188,26 @@ def _keep(p: Program, target: Target, conv: Conv, halo: Halo, rows: int) -> _Kep
 
 
 def _slide(p: Program, target: Target, kept: _Kept, rows: Rows) -> None:
-    """Make room for the rows that are read next: move those that stay, zero the padding."""
+    """Move up the rows that are read again."""
+    before = kept.rows
+    if rows.stop == rows.start or before is None:
+        return
+    overlap = before.first + before.count - rows.first
+    if overlap > 0:
+        source = row_of(kept.map, rows.first - before.first)
+        plan = elementwise.ElementwisePlan(target, kept.shape[1], "copy", ())
+        p.step(
+            kernel(plan), overlap, rows=overlap, cols=kept.shape[3],
+            **kept.map.fields("out"), **source.fields("a"),
+        )  # fmt: skip
+
+
+def _clear(p: Program, target: Target, kept: _Kept, rows: Rows) -> None:
+    """Zero the rows of padding that are read next, and were not moved."""
     if rows.stop == rows.start:
         return
-    _, channels, _, width = kept.shape
     before, kept.rows = kept.rows, rows
-    if before is not None:
-        overlap = before.first + before.count - rows.first
-        if overlap > 0:
-            source = row_of(kept.map, rows.first - before.first)
-            plan = elementwise.ElementwisePlan(target, channels, "copy", ())
-            p.step(
-                kernel(plan), overlap, rows=overlap, cols=width,
-                **kept.map.fields("out"), **source.fields("a"),
-            )  # fmt: skip
-    elif rows.first < 0:
+    if before is None and rows.first < 0:
         _zero(p, target, kept, 0, -rows.first)
     beyond = rows.first + rows.count - kept.height
     if beyond > 0:
@@ -210,4 +219,3 @@ def _zero(p: Program, target: Target, kept: _Kept, row: int, count: int) -> None
     shape = (1, kept.shape[1], 0, kept.shape[3])
     corner = kept.corner + row * kept.map.row
     clear_halo(p, target, kept.map, corner, shape, halo)
-    p.steps[-1].alongside = False  # the next step may be the one that reads it
