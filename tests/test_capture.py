@@ -114,7 +114,7 @@ def test_a_value_read_before_a_foreign_write():
     def flow(m, x):
         h = m.first(x)
         a = torch.cos(h) + h
-        h.mul_(2.0)
+        h.exp_()
         return a + h
 
     with pytest.raises(SharedMemory):

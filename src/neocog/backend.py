@@ -64,11 +64,13 @@ class LiveGraph:
 
     def __call__(self, *args: Any) -> Any:
         """The graph's result, a tuple of tensors."""
-        plan = self._plan_for(args)
-        if plan is None:
-            return self.gm(*args)
-        self.parameters.refresh(_named(args))
-        return plan.run(args)
+        # One call at a time: another may come with other weights.
+        with self.parameters.lock:
+            plan = self._plan_for(args)
+            if plan is not None:
+                self.parameters.refresh(_named(args))
+                return plan.run(args)
+        return self.gm(*args)
 
     def _plan_for(self, args: Sequence[Any]) -> Plan | None:
         tensors = [a for a in args if isinstance(a, Tensor)]

@@ -84,6 +84,11 @@ def bands(convs: Sequence[Conv], rows: int) -> list[list[Rows]]:
     return made
 
 
+def slides(conv: Conv) -> bool:
+    """Whether every window reads at least one row of its input: not padding alone."""
+    return max(conv.rows.low, conv.rows.high) < conv.rows.span
+
+
 def rows_of(convs: Sequence[Conv], elements: int) -> int:
     """How many rows of the last layer make bands that hold about so many elements: even bands."""
     height = convs[-1].out_shape[2]

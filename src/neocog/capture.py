@@ -111,7 +111,7 @@ class _Recorder(TorchFunctionMode):
         return node.op.name
 
     def _parameter(self, tensor: Tensor) -> Node:
-        name = self._names.get(id(tensor), f"tensor{len(self.parameters)}")
+        name = self._names.get(id(tensor), f"tensor {len(self.parameters)}")
         self.parameters[name] = tensor
         node = self.network.add(Input(name), (), tensor.shape, name)
         self._bind(tensor, node)

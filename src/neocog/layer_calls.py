@@ -163,7 +163,7 @@ def pad(
     return Call(net.Padding(top, bottom, left, right), (input,), shape, "pad")
 
 
-def _adaptive(kind: str, input: Tensor, output_size: Any) -> Call | Tensor:
+def _adaptive(kind: str, input: Tensor, output_size: Any) -> Call:
     _maps("adaptive pooling", input)
     sizes = output_size if isinstance(output_size, Sequence) else (output_size,) * 2
     windows = []
@@ -172,20 +172,18 @@ def _adaptive(kind: str, input: Tensor, output_size: Any) -> Call | Tensor:
         if not 0 < out <= n or n % out:
             raise Unsupported(f"adaptive pooling of {n} to {out}: windows of several sizes")
         windows.append(Window(n // out, n // out))
-    if all(w.size == 1 for w in windows):
-        return input
     rows, cols = windows
     return _pool(input, Pooling(kind, rows, cols))
 
 
-def adaptive_avg_pool2d(name: Name, input: Tensor, output_size: Any) -> Call | Tensor:
+def adaptive_avg_pool2d(name: Name, input: Tensor, output_size: Any) -> Call:
     """torch.nn.functional.adaptive_avg_pool2d where all windows are of one size."""
     return _adaptive("mean", input, output_size)
 
 
 def adaptive_max_pool2d(
     name: Name, input: Tensor, output_size: Any, return_indices: bool = False
-) -> Call | Tensor:
+) -> Call:
     """torch.nn.functional.adaptive_max_pool2d where all windows are of one size."""
     if return_indices:
         raise Unsupported("adaptive_max_pool2d with return_indices")
@@ -211,6 +209,8 @@ def _is_number(value: Any) -> bool:
 
 def _affine(kind: str, input: Tensor, scale: float, shift: float, in_place: bool) -> Call:
     _maps(kind, input)
+    if max(abs(scale), abs(shift)) > torch.finfo(torch.float32).max or shift != shift:
+        raise Unsupported(f"{kind} of a number beyond float32")
     op = net.BatchNorm(net.Constants(input.shape[1], float(scale), float(shift)))
     return Call(op, (input,), tuple(input.shape), kind, in_place)
 

@@ -154,7 +154,7 @@ def deliver(p: Program, target: Target, m: Map, place: Place, layout: str, shape
         return
     p.step(
         copy_kernel(copy.transpose, target), batch * height,
-        x=m.place, x_image=m.image, x_row=m.row,
+        x=m.place, x_image=m.image, x_row=m.row, x_pixel=m.pixel,
         out=place, out_image=channels * height * width, out_row=width,
         out_channel=height * width, height=height, width=width, channels=channels,
     )  # fmt: skip

@@ -51,12 +51,12 @@ class Parameters:
     packed: MutableMapping[Packed, Tensor] = field(default_factory=weakref.WeakValueDictionary)
     """Kept by the plans that use them: their order may depend on the size of the maps."""
     affine: dict[Norm | Constants, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    _lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=threading.RLock)
     """Two callers must not each make their own: a live model would update one of them."""
 
     def packed_for(self, key: Packed) -> Tensor:
         """The weights of a layer in the order of its kernel."""
-        with self._lock:
+        with self.lock:
             made = self.packed.get(key)
             if made is None:
                 strides = self.tensors[key.weight].stride()
@@ -75,7 +75,7 @@ class Parameters:
         """A vector of parameters: itself, or the scale or shift of a batch norm."""
         if not isinstance(key.source, Norm | Constants):
             return self.tensors[str(key.source)].detach().contiguous()
-        with self._lock:
+        with self.lock:
             if key.source not in self.affine:
                 self.affine[key.source] = self.affine_of(key.source)
             scale, shift = self.affine[key.source]
@@ -138,8 +138,8 @@ class Live(Parameters):
 
         Only those are kept that something has been made from: an input may be large.
         """
-        with self._lock:
-            packed = dict(self.packed)
+        with self.lock:
+            packed = dict(self.packed.items())
             watched = {key.weight for key in packed}.union(*map(_sources, self.affine))
             own = {n: t for n, t in self.tensors.items() if n in watched or n not in tensors}
             self.tensors = own | {n: tensors[n] for n in watched & tensors.keys()}
@@ -148,13 +148,18 @@ class Live(Parameters):
                 return
             old = {} if before is None else before.tensors()
             changed = {n for n, held in self._contents.tensors().items() if old.get(n) != held}
+            # What was made for weights of another shape waits until such weights come again.
             for key, made in packed.items():
-                if key.weight in changed:
+                fits = self.tensors[key.weight].shape == key.conv.weight_shape
+                if key.weight in changed and fits:
                     self.pack(key, made)
             for norm, vectors in self.affine.items():
-                if changed & _sources(norm):
-                    for vector, new in zip(vectors, self.affine_of(norm), strict=True):
-                        vector.copy_(new)
+                if not changed & _sources(norm):
+                    continue
+                new = self.affine_of(norm)
+                if new[0].shape == vectors[0].shape:
+                    for vector, values in zip(vectors, new, strict=True):
+                        vector.copy_(values)
 
     def _read(self, names: list[str]) -> _Contents:
         dense = [_dense(self.tensors[name]) for name in names]

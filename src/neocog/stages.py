@@ -295,13 +295,14 @@ class Builder:
 
     def _linked(self, node: Node, following: Node) -> bool:
         """Whether the map between two layers is better computed in bands."""
-        if self.images > 1 or following.inputs[:1] != (node,) or self.uses[node] != [following]:
+        if self.images != 1 or following.inputs[:1] != (node,) or self.uses[node] != [following]:
             return False
         return 4 * math.prod(node.map_shape[1:]) > bands.BANDED_BYTES and all(
             isinstance(n.op, Layer)
             and self.keys[n].algorithm == choices.DIRECT
             and n.op.block.pool is None
             and n not in self.slices
+            and bands.slides(n.op.block.conv)
             for n in (node, following)
         )
 
@@ -344,7 +345,7 @@ class Builder:
 
     def _deliver(self, node: Node) -> None:
         m, shape = self.maps[node], self._shape(node)
-        if self.layout == NCHW and shape[2] * shape[3] > 1:
+        if self.layout == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
             deliver(self.p, self.target, m, self._call_buffer(node), NCHW, shape)
         else:
             self._copy(m, Map.dense(self._call_buffer(node), *shape[1:]), shape)
@@ -389,11 +390,14 @@ class Builder:
         )
 
     def _pad(self, node: Node, op: Padding) -> None:
-        m, source = self.maps[node], node.inputs[0]
+        m, around, source = self.maps[node], self.wanted[node], node.inputs[0]
         inside = replace(m, place=m.place + (op.top * m.row + op.left * m.pixel))
-        shape, halo = self._shape(source), Halo(op.top, op.bottom, op.left, op.right)
-        clear_halo(self.p, self.target, inside, m.place, shape, halo)
-        self._copy(self.maps[source], inside, shape)
+        # Its zeros and those of its halo at once: rows are cleared from end to end.
+        own = (op.top, op.bottom, op.left, op.right)
+        halo = Halo(*(a + b for a, b in zip(_sides(around), own, strict=True)))
+        corner = m.place + -(around.top * m.row + around.left * m.pixel)
+        clear_halo(self.p, self.target, inside, corner, self._shape(source), halo)
+        self._copy(self.maps[source], inside, self._shape(source))
 
     def _concat(self, node: Node) -> None:
         m, first = self.maps[node], 0
@@ -410,6 +414,8 @@ class Builder:
         m, shape = self.maps[source], self._shape(source)
         if shape[2] * shape[3] == 1:
             self._copy(m, flat, shape)
+        elif shape[1] == 1:
+            self._copy(m, Map.dense(flat.place, *shape[1:]), shape)
         else:
             deliver(self.p, self.target, m, flat.place, NCHW, shape)
 

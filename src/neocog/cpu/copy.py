@@ -122,7 +122,7 @@ def _pixel(e: Emitter, f, source: ir.Value, to: ir.Value, channels: int) -> None
 
 
 TRANSPOSE = (
-    "x*", "x_image", "x_row", "out*", "out_image", "out_row", "out_channel",
+    "x*", "x_image", "x_row", "x_pixel", "out*", "out_image", "out_row", "out_channel",
     "height", "width", "channels",
 )  # fmt: skip
 
@@ -137,7 +137,7 @@ def transpose(target: Target) -> Kernel:
             n, y = e.divmod(number, f.height)
             source = e.at(f.x, e.add(e.mul(n, f.x_image), e.mul(y, f.x_row)))
             to = e.at(f.out, e.add(e.mul(n, f.out_image), e.mul(y, f.out_row)))
-            e.b.call(tile, [source, f.channels, to, f.out_channel, f.width, f.channels])
+            e.b.call(tile, [source, f.x_pixel, to, f.out_channel, f.width, f.channels])
 
         e.loop(begin, end, item)
     return compile_kernel(e, TRANSPOSE)
