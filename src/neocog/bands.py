@@ -25,11 +25,15 @@ Layer = TypeVar("Layer")
 BANDED_BYTES = 1_000_000
 """Maps larger than this are computed in bands: a smaller one stays in the second-level cache."""
 
-BAND_BYTES = 800_000
-"""What is kept of all maps of a chain together: a part of the second-level cache."""
+BAND_BYTES = 1_200_000
+"""What is kept of all maps of a chain together: about as much as the second-level cache holds.
 
-LEAST_ROWS = 2
-"""Rows of the last layer in a band at least."""
+Half as much is no faster, and means twice as many steps for which threads wait for each other.
+"""
+
+STEP = 4
+"""Bands have so many rows of the last layer, or a multiple: depthwise layers compute two rows at a
+time, and two threads share them evenly."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,11 @@ def slides(conv: Conv) -> bool:
 def rows_of(convs: Sequence[Conv], elements: int) -> int:
     """How many rows of the last layer make bands that hold about so many elements: even bands."""
     height = convs[-1].out_shape[2]
-    rows = LEAST_ROWS
-    while rows < height and (_held(convs, rows + 2) <= elements or not _slides(convs, rows)):
-        rows += 2
+    rows = STEP
+    while rows < height and (_held(convs, rows + STEP) <= elements or not _slides(convs, rows)):
+        rows += STEP
     even = -(-height // -(-height // rows))
-    even += even % 2
+    even += -even % STEP
     return even if _slides(convs, even) else rows
 
 
