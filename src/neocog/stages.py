@@ -40,10 +40,8 @@ class Packed:
         chosen = choose(layer.block.conv, layer.block.epilogue, layer.averaged)
         conv = layer.block.conv
         rows, cols = (replace(w, low=0, high=0) for w in (conv.rows, conv.cols))
-        smallest = replace(
-            conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols
-        )  # fmt: skip
-        return cls(layer.weight, smallest, chosen)
+        conv = replace(conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols)
+        return cls(layer.weight, conv, chosen)
 
 
 @dataclass(frozen=True)
