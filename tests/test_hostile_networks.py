@@ -10,6 +10,7 @@ from torch import nn
 
 import neocog
 from neocog.backend import LiveGraph
+from neocog.network import Layer
 
 BOUND = 5e-6
 
@@ -168,3 +169,16 @@ def test_two_threads_with_weights_of_their_own_through_one_graph():
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_what_a_residual_returns_is_not_averaged():
+    """The values of the first layer are returned as they are, beside the second layer's sums."""
+
+    def flow(m, x):
+        y = m.first(x)
+        return y + m.second(y), m.third(m.second(m.first(x)))
+
+    layers = {"first": tn.conv(64, 64), "second": tn.conv(64, 64), "third": tn.conv(64, 8)}
+    (plan,) = neocog.freeze(tn.ready(net(flow, **layers)), torch.randn(1, 64, 12, 12)).plans
+    found = [n.op.averaged for n in plan.network.nodes if isinstance(n.op, Layer)]
+    assert sorted(found) == [0, 0, 0, 576, 576]

@@ -65,6 +65,8 @@ def _count_averaged(network: Network) -> None:
     terms: dict[Node, int] = {}
     for node in reversed(network.nodes):
         found = [0 if u is node else _terms(u) or terms[u] for u in uses[node]]
+        # What is added as a residual is one term of what the layer returns, not of its sums.
+        found += [terms[u] for u in uses[node] if u is not node and node in u.inputs[1:]]
         terms[node] = min(found, default=0)
         if isinstance(node.op, Layer):
             node.op = replace(node.op, averaged=terms[node])
