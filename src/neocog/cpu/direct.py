@@ -30,7 +30,7 @@ and writes its output once and in order. If the epilogue pools, it is a pooled r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from types import SimpleNamespace
 
 from llvmlite import ir
@@ -72,8 +72,11 @@ def emit(plan: DirectPlan) -> Kernel:
     """Compile the kernel of a plan."""
     e = Emitter(plan.target, plan.name)
     pool = ep.pooling_of(plan.epilogue)
-    whole = [tile_function(e, plan, n) for n in plan.tiles]
-    chunks = [chunk_function(e, plan, n) for n in plan.tiles] if plan.chunk else None
+    # By the index of their size, as a row's tail lists them.
+    whole = {i: tile_function(e, plan, n) for i, n in enumerate(plan.tiles)}
+    chunks = None
+    if plan.chunk:
+        chunks = {i: chunk_function(e, plan, n) for i, n in enumerate(plan.tiles)}
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
         if pool is not None:
@@ -129,19 +132,6 @@ def _tile(e: Emitter, plan: DirectPlan, f: SimpleNamespace, number: Int) -> tupl
     return pixel, size
 
 
-def _by_size(e: Emitter, functions: Sequence[ir.Function], size: Int, args, first: int = 0) -> None:
-    """Call the function made for the size of a tile, given by index."""
-
-    def call() -> None:
-        e.b.call(functions[0], args)
-
-    if len(functions) == 1:
-        call()
-        return
-    others = functions[1:]
-    e.choose(e.equal(size, first), call, lambda: _by_size(e, others, size, args, first + 1))
-
-
 def _each_tile(
     e: Emitter, f: SimpleNamespace, first: Int, count: Int, visit: Callable[..., None]
 ) -> None:
@@ -187,7 +177,7 @@ def _plain_item(e: Emitter, plan: DirectPlan, whole, f: SimpleNamespace, item) -
             out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
             args = [x, at.w, f.taps, f.n_taps, out, f.out_pixel, at.valid, *at.parameters]
             args += _residual(e, plan, f, at, image, row, pixel)
-            _by_size(e, whole, kind, args)
+            e.call_for(kind, whole, args)
 
         e.loop(0, f.blocks, one)
 
@@ -222,7 +212,7 @@ def _chunked_item(e: Emitter, plan: DirectPlan, chunks, whole, f, item, sums) ->
                 part = e.add(size, e.mul(i, size // plan.blocks))
                 ahead = e.at(w, e.b.select(e.less(i, plan.blocks), e.i(part), I64(0)))
                 x, place = e.at(x, e.add(offset, c)), e.at(sums, e.mul(i, tile_size))
-                _by_size(e, chunks, kind, [e.i(channels), x, w, place, ahead])
+                e.call_for(kind, chunks, [e.i(channels), x, w, place, ahead])
 
             _each_tile(e, f, first, count, visit)
 
@@ -232,7 +222,7 @@ def _chunked_item(e: Emitter, plan: DirectPlan, chunks, whole, f, item, sums) ->
         pixel, kind = _tile(e, plan, f, tile)
         out = e.at(_row_of(e, f, "out", at.out, image, row), e.mul(pixel, f.out_pixel))
         args = [e.at(sums, e.mul(i, tile_size)), out, f.out_pixel, at.valid, *at.parameters]
-        _by_size(e, whole, kind, args + _residual(e, plan, f, at, image, row, pixel))
+        e.call_for(kind, whole, args + _residual(e, plan, f, at, image, row, pixel))
 
     e.loop(0, f.n_taps, tap)
     _each_tile(e, f, first, count, finish)
@@ -291,6 +281,6 @@ def _ring_row(e: Emitter, plan: DirectPlan, whole, f, at, image: Int, row: Int, 
             e.at(x, e.mul(pixel, plan.pixel_step)), at.w, f.taps, f.n_taps,
             e.at(slot, e.mul(pixel, plan.width)), I64(plan.width), at.valid, *at.parameters,
         ]  # fmt: skip
-        _by_size(e, whole, kind, args + _residual(e, plan, f, at, image, row, pixel))
+        e.call_for(kind, whole, args + _residual(e, plan, f, at, image, row, pixel))
 
     e.loop(0, f.tiles, visit)

@@ -6,7 +6,7 @@ ints (folded at once) or as IR values; pointers count in elements of float32 unl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy as shallow_copy
 from types import SimpleNamespace
@@ -110,6 +110,20 @@ class Emitter:
     ) -> ir.Value:
         """Call the function of type ``kind`` at ``address`` (an i64)."""
         return self.b.call(self.b.inttoptr(address, kind.as_pointer()), args)
+
+    def call_for(
+        self, number: Int, functions: Mapping[int, ir.Function], args: Sequence[ir.Value]
+    ) -> None:
+        """Call ``functions[number]``, which has to exist; tried in order, the last untested."""
+        (first, function), *others = functions.items()
+        if not others:
+            self.b.call(function, args)
+            return
+        self.choose(
+            self.equal(number, first),
+            lambda: self.b.call(function, args) and None,
+            lambda: self.call_for(number, dict(others), args),
+        )
 
     # ---------------------------------------------------------------- integers
 

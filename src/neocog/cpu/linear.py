@@ -83,7 +83,7 @@ def fields(plan: LinearPlan) -> tuple[str, ...]:
 def emit(plan: LinearPlan) -> Kernel:
     """Compile the kernel of a plan."""
     e = Emitter(plan.target, plan.name)
-    tiles = [_tile_function(e, plan, n) for n in range(1, plan.images + 1)]
+    tiles = {n: _tile_function(e, plan, n) for n in range(plan.images, 0, -1)}
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, _):
         words = IMAGES_AT_ONCE * OUTPUTS_PER_ITEM * e.lanes // 2
@@ -116,7 +116,9 @@ def emit(plan: LinearPlan) -> Kernel:
     return compile_kernel(e, names)
 
 
-def _sum(e: Emitter, plan: LinearPlan, tiles: list, f: SimpleNamespace, at) -> None:
+def _sum(
+    e: Emitter, plan: LinearPlan, tiles: dict[int, ir.Function], f: SimpleNamespace, at
+) -> None:
     """The partial sums of an item's outputs for a group of images: sums[image][output][lane].
 
     The images are ``number`` tiles as even as can be, ``larger`` of ``size`` + 1, the others of
@@ -144,25 +146,13 @@ def _sum(e: Emitter, plan: LinearPlan, tiles: list, f: SimpleNamespace, at) -> N
                 # Each tile of images asks for its share of the next chunk of weights.
                 args += [e.add(CHUNK, e.mul(i, e.mul(pace, CHUNK // e.lanes))), pace]
                 here = e.add(size, e.b.zext(e.less(i, larger), I64))
-                _by_size(e, tiles, here, args)
+                e.call_for(here, tiles, args)
 
             e.loop(0, number, tile)
 
         e.loop(0, f.inputs, chunk, step=CHUNK)
 
     e.loop(0, e.divmod(e.add(at.valid, e.sub(band, 1)), band)[0], outputs)
-
-
-def _by_size(e: Emitter, tiles: list[ir.Function], images: Int, args: list) -> None:
-    """Call the function made for that many images, 1 .. len(tiles)."""
-    if len(tiles) == 1:
-        e.b.call(tiles[0], args)
-        return
-    e.choose(
-        e.equal(images, len(tiles)),
-        lambda: e.b.call(tiles[-1], args) and None,
-        lambda: _by_size(e, tiles[:-1], images, args),
-    )
 
 
 def _tile_function(e: Emitter, plan: LinearPlan, images: int) -> ir.Function:

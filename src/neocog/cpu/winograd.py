@@ -79,7 +79,7 @@ def emit(plan: WinogradPlan) -> Kernel:
     if plan.stage in ("whole", "input"):
         made.into = {kind: input_function(e, plan, kind) for kind in plan.kinds}
     if plan.stage in ("whole", "products"):
-        made.products = [_products_function(e, plan, n + 1) for n in range(plan.pixels)]
+        made.products = {n: _products_function(e, plan, n) for n in range(plan.pixels, 0, -1)}
     if plan.stage in ("whole", "output"):
         made.out = {kind: output_function(e, plan, kind) for kind in plan.kinds}
     names = fields(plan)
@@ -231,7 +231,7 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
                     e.at(m, e.mul(first, plan.m_row)), channels, c, number,
                     e.at(u, ahead), f.prefetch,
                 ]  # fmt: skip
-                _by_size(e, made.products, size, args)
+                e.call_for(size, made.products, args)
 
             e.choose(e.less(0, larger), lambda: tiles(0, larger, e.add(size, 1), ahead))
             tiles(others, e.sub(number, larger), size, e.add(ahead, e.mul(larger, pace)))
@@ -239,18 +239,6 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
         e.loop(0, depth, chunk, step=CHUNK)
 
     e.choose(e.less(0, count), divide)
-
-
-def _by_size(e: Emitter, functions: list[ir.Function], size: Int, args: list) -> None:
-    """Call the function made for that many tiles, 1 .. len(functions)."""
-    if len(functions) == 1:
-        e.b.call(functions[0], args)
-        return
-    e.choose(
-        e.equal(size, len(functions)),
-        lambda: e.b.call(functions[-1], args) and None,
-        lambda: _by_size(e, functions[:-1], size, args),
-    )
 
 
 def _users(e: Emitter, plan: WinogradPlan, f, xi: Int) -> tuple[Int, Int]:
