@@ -205,9 +205,13 @@ def _slide(p: Program, target: Target, kept: _Kept, rows: Rows) -> None:
     if overlap > 0:
         source = row_of(kept.map, rows.first - before.first)
         plan = elementwise.ElementwisePlan(target, kept.shape[1], "copy", ())
+        # By halves of rows, for there may be one row only; each row counts as an image.
+        parts = 2 if kept.shape[3] % 2 == 0 else 1
+        cols = kept.shape[3] // parts
+        to, source = (replace(m, image=m.row, row=cols * m.pixel) for m in (kept.map, source))
         p.step(
-            kernel(plan), overlap, rows=overlap, cols=kept.shape[3],
-            **kept.map.fields("out"), **source.fields("a"),
+            kernel(plan), overlap * parts, rows=parts, cols=cols,
+            **to.fields("out"), **source.fields("a"),
         )  # fmt: skip
 
 

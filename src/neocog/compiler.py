@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 
-from .convolutions import Weights, convolve, weight_gradient_steps
+from .convolutions import Weights, convolve
 from .cpu import epilogue as ep
 from .errors import Unsupported
 from .maps import Halo, Map, clear_halo, copy_out, deliver, halo_of, read, scratch_map, written
@@ -16,6 +16,7 @@ from .pools import pool_steps, unpool
 from .problem import Act, Add, Affine, Bias, Block, Pool, Pooling
 from .program import Place, Program
 from .target import Target, host
+from .weight_gradients import weight_gradient_steps
 
 PROGRAMS_KEPT = 256
 

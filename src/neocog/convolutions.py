@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
-from .cpu import copy, depthwise, direct, weight_gradient
-from .cpu.tiling import all_sizes, best_blocks, blocks_for, cover, even_sizes, most_pixels
+from .cpu import copy, depthwise, direct
+from .cpu.tiling import all_sizes, best_blocks, cover, even_sizes, most_pixels
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
@@ -42,8 +42,8 @@ SHARING = 7
 ITEMS = 16
 """Work items a step is cut into at least, if it can be: enough for the threads to share."""
 
-WEIGHT_GRADIENT_ITEMS = 16
-"""Work items a weight gradient is cut into at least, if the batch allows."""
+PARTS = 2
+"""Parts of its pixels that a layer of several blocks is done in, one after the other."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Taps:
+class Taps:
     """One pair of phases: where its outputs stand and what they read."""
 
     rows: Phase
@@ -100,7 +100,7 @@ class _Loops:
     """(image, row, pixel) in elements: of the input, of the output, of the residual."""
 
     @classmethod
-    def of(cls, conv: Conv, phase: _Taps, x: Map, *written: Map) -> _Loops:
+    def of(cls, conv: Conv, phase: Taps, x: Map, *written: Map) -> _Loops:
         """As the maps lie."""
         rows, cols = phase.rows, phase.cols
         steps = [(x.image, rows.stride * x.row, cols.stride * x.pixel)]
@@ -362,18 +362,22 @@ def _share_out(
     blocks //= together
     runs = max(-(-total // most), min(total // least, -(-ITEMS // blocks)), 1)
     run = max(1, -(-total // runs))
-    runs = -(-total // run)
-    fields |= {"run": run, "runs": max(1, runs)}
+    # Where each thread has pixels of its own, it reads what it wrote itself a layer before.
+    parts = PARTS if small and not plan.chunk else 1
+    part_tiles = max(1, -(-total // parts))
+    runs = -(-part_tiles // run)
+    run = -(-part_tiles // runs)
+    fields |= {"run": run, "runs": runs, "part": blocks * runs, "part_tiles": part_tiles}
     if not plan.chunk:
         fields["blocks"] = together
-    step = p.step(kernel(plan), blocks * runs, **fields)
+    step = p.step(kernel(plan), parts * blocks * runs if total else 0, **fields)
     if plan.chunk:
         p.thread_scratch(step, "sums", run * plan.tiles[0] * plan.width)
 
 
-def _phases(conv: Conv) -> list[_Taps]:
+def _phases(conv: Conv) -> list[Taps]:
     rows, cols = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
-    return [_Taps(r, c) for r in rows for c in cols]
+    return [Taps(r, c) for r in rows for c in cols]
 
 
 def _groups(conv: Conv) -> int:
@@ -391,60 +395,4 @@ def _pack_weights(p, target, plan, weights: Weights, taps, packed: Place, groups
         packed=packed, chunks=1, chunk_step=0, taps=p.constant(taps), n_taps=len(taps),
         channels=plan.channels, out_channels=plan.out_channels,
         blocks_per_group=plan.blocks_per_group,
-    )  # fmt: skip
-
-
-def weight_gradient_steps(
-    p: Program, target: Target, conv: Conv, x: Map, g: Map, needs: Sequence[str]
-) -> None:
-    """The steps that sum the gradients of weight and bias into the call buffers gw and gbias.
-
-    ``x`` needs the halo of ``conv``; ``g``, the gradient of its output, must be scratch: whole
-    vectors are read behind its last channel.
-    """
-    (rows,), (cols,) = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
-    pairs = _Taps(rows, cols).pairs
-    channels, out_channels = conv.in_channels // conv.groups, conv.out_channels // conv.groups
-    plan = weight_gradient.WeightGradientPlan(
-        target, channels, out_channels, cols.stride * x.pixel,
-        blocks_for(target, out_channels), "bias" in needs,
-    )  # fmt: skip
-    blocks = conv.groups * plan.blocks_per_group
-    tiles = weight_gradient.items(plan, len(pairs), conv.groups, 1)
-    chunks = max(1, min(conv.batch, -(-WEIGHT_GRADIENT_ITEMS // tiles)))
-    images = -(-conv.batch // chunks)
-    chunk_step = blocks * len(pairs) * plan.channels * plan.width
-    partial = p.scratch(chunks * chunk_step)
-    fields: dict[str, Place | int] = {}
-    if plan.bias:
-        fields = {"bias": p.scratch(chunks * blocks * plan.width), "bias_step": blocks * plan.width}
-    p.step(
-        kernel(plan), tiles * chunks,
-        x=x.place, x_image=x.image, x_row=rows.stride * x.row, x_group=channels,
-        taps=p.constant([y * x.row + ox * x.pixel for _, (y, ox) in pairs]), n_taps=len(pairs),
-        grad=g.place, grad_image=g.image, grad_row=g.row, grad_pixel=g.pixel,
-        partial=partial, chunk_step=chunk_step, chunk_images=images,
-        batch=conv.batch, rows=rows.count, cols=cols.count, groups=conv.groups,
-        band=max(1, -(-weight_gradient.BAND_PIXELS // max(1, cols.count))), **fields,
-    )  # fmt: skip
-    p.work += conv.multiply_adds
-    if "w" in needs:
-        _, into, kh, kw = conv.weight_shape
-        strides = (into * kh * kw, kh * kw, kw, 1)
-        w = Weights.of(p.buffer("gw"), strides, conv)
-        taps = [w.tap(conv, *t) for t, _ in pairs]
-        _unpack(p, target, plan, w, taps, partial, (chunks, chunk_step), conv.groups, channels)
-    if plan.bias:
-        w = Weights(p.buffer("gbias"), 1, 0, out_channels, 0, 0)
-        _unpack(p, target, plan, w, [0], fields["bias"], (chunks, fields["bias_step"]),
-                conv.groups, 1)  # fmt: skip
-
-
-def _unpack(p, target, plan, w: Weights, taps, partial, chunks, groups, channels) -> None:
-    p.step(
-        copy_kernel(copy.unpack_weights, target, plan.blocks), groups * plan.blocks_per_group,
-        w=w.place, w_out=w.out, w_in=w.into, group_step=w.group,
-        packed=partial, chunks=chunks[0], chunk_step=chunks[1],
-        taps=p.constant(taps), n_taps=len(taps), channels=channels,
-        out_channels=plan.out_channels, blocks_per_group=plan.blocks_per_group,
     )  # fmt: skip

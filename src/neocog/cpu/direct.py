@@ -25,7 +25,8 @@ Input: NHWC with its halo. Weights: see ``copy.pack_weights``. The tiles of all 
 are one list. A work item is a run of them for one block of NB vectors, runs fastest, so that a
 thread keeps one block's weights in its cache; or, where the cache holds the weights of all
 ``blocks``, a run for all of them, block after block for each tile, so that a thread reads its input
-and writes its output once and in order. If the epilogue pools, it is a pooled row for one block.
+and writes its output once and in order. The list may fall into parts of ``part_tiles`` tiles, done
+one after the other in ``part`` items each. If the epilogue pools, it is a pooled row for one block.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def fields(plan: DirectPlan) -> tuple[str, ...]:
     if plan.chunk:
         names += ["sums*", "sums_stride"]
     if not ep.pooling_of(plan.epilogue):
-        return (*names, "run", "runs", *(() if plan.chunk else ("blocks",)))
+        return (*names, "run", "runs", "part", "part_tiles", *(() if plan.chunk else ("blocks",)))
     names += ["scratch*", "scratch_stride", "cols", "pool_rows", "pool_cols"]
     if plan.winners:
         names += ["winners*", "winners_image", "winners_row", "winners_pixel"]
@@ -159,10 +160,12 @@ def _each_tile(
 
 def _item(e: Emitter, f: SimpleNamespace, item) -> tuple[Int, Int, Int]:
     """(first block, first tile, number of tiles) of a work item."""
-    block, number = e.divmod(item, f.runs)
-    first = e.mul(number, f.run)
-    total = e.mul(e.mul(f.batch, f.rows), f.tiles)
-    return block, first, e.min(f.run, e.sub(total, first))
+    part, rest = e.divmod(item, f.part)
+    block, number = e.divmod(rest, f.runs)
+    start, total = e.mul(part, f.part_tiles), e.mul(e.mul(f.batch, f.rows), f.tiles)
+    first = e.add(start, e.mul(number, f.run))
+    left = e.sub(e.min(e.add(start, f.part_tiles), total), first)
+    return block, first, e.max(e.min(f.run, left), 0)
 
 
 def _plain_item(e: Emitter, plan: DirectPlan, whole, f: SimpleNamespace, item) -> None:
