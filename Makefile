@@ -4,6 +4,7 @@
 # make bench   how near the kernels come to the machine's peak; results go to benchmarks/
 # make peers   the engines neocog is raced against, into an environment of their own
 # make race    whole networks beside those engines, which takes an hour; results go to benchmarks/
+# make browser the Chromium that the browser tests drive, from Debian's packages
 # make install only the set-up, which all of the above do by themselves
 #
 # PYTHON=/path/to/python3.12 picks the interpreter; it has to be 3.11 or newer.
@@ -23,7 +24,7 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: install demo test check bench peers race clean
+.PHONY: install browser demo test check bench peers race clean
 
 install: $(INSTALLED)
 
@@ -46,7 +47,13 @@ demo: install
 	  $(BIN)/neocog predict "$$run" "$$run"right-*.png "$$run"wrong-*.png && \
 	  $(BIN)/neocog explain "$$run" "$$run"right-0.png --layer 2 --channel 5 --at 3,0
 
-test: install
+# The browser tests need Chromium; where it cannot be installed they are skipped, and say so.
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || { \
+	  apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
+	  chromium; } >/dev/null 2>&1 || echo "Chromium is not there and cannot be installed" >&2
+
+test: install browser
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
 check: install

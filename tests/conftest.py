@@ -16,10 +16,14 @@ if "NEOCOG_CACHE_DIR" not in os.environ:
     os.environ["NEOCOG_CACHE_DIR"] = tempfile.mkdtemp(prefix="neocog-tests-")
     atexit.register(shutil.rmtree, os.environ["NEOCOG_CACHE_DIR"], ignore_errors=True)
 
+import browsing
+import explained
 import pytest
 import tiny
 import torch
 from hypothesis import settings
+
+import neocog
 
 # The same examples in every run and on every machine, however slow.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -48,3 +52,33 @@ def workplace(tmp_path, monkeypatch) -> Path:
     """An empty working directory."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+# The page of `neocog explain` in a browser
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium."""
+    with browsing.chromium() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def network():
+    """A network with one of each kind of layer, and a picture for it."""
+    return explained.sampler()
+
+
+@pytest.fixture(scope="module")
+def page(network, tmp_path_factory):
+    """The page about it, and the file it is in."""
+    made = neocog.explain(*network, classes=explained.CLASSES, name="sampler")
+    return made, made.save(tmp_path_factory.mktemp("page") / "sampler.html")
+
+
+@pytest.fixture
+def tab(browser, page):
+    """That file in a tab of its own."""
+    with browsing.opened(browser, page[1]) as found:
+        yield found

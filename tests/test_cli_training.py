@@ -19,9 +19,11 @@ def test_a_run_leaves_all_that_it_promises(bars, workplace):
     result = done(*options(bars, epochs=40), "--out", "run")
     folder = workplace / "run"
     names = {path.name for path in folder.iterdir()}
-    pictures = {name for name in names if name.startswith(("right-", "wrong-"))}
+    pages = {name for name in names if name.endswith(".html")}
+    pictures = {name for name in names - pages if name.startswith(("right-", "wrong-"))}
     plots = {"training.png", "shifts.png"}
-    assert names == {*KEPT, "metrics.json", *plots, *pictures} and pictures
+    assert names == {*KEPT, "metrics.json", *plots, *pictures, *pages} and pictures
+    assert {Path(name).stem for name in pages} == {Path(name).stem for name in pictures}
     for name in plots | pictures:
         with Image.open(folder / name) as image:
             image.load()
@@ -53,6 +55,9 @@ def test_a_run_leaves_all_that_it_promises(bars, workplace):
         assert heading in result.stdout
     for command in ("evaluate run", "summary run", "predict run", "explain run"):
         assert f" {command}" in result.stdout
+    for page in pages:
+        text = (folder / page).read_text(encoding="utf-8")
+        assert page in result.stdout and '"serve": false' in text
     assert result.stdout.count("epoch ") >= 40 and result.stderr == ""
 
 
@@ -90,6 +95,8 @@ def test_json_alone_goes_to_stdout(bars, workplace):
     result = done(*options(bars), "--out", "run", "--json")
     printed = json.loads(result.stdout)
     assert printed.pop("run") == "run"
+    pages = printed.pop("pages")
+    assert pages and all(page.startswith("run/") and Path(page).is_file() for page in pages)
     assert printed == json.loads(Path("run", "metrics.json").read_text(encoding="utf-8"))
     assert "epoch 2/2" in result.stderr
 

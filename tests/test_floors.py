@@ -30,10 +30,10 @@ FLOORS = {
     9: (
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
-        "sight layers tracing benchmark network_benchmark diagnosis architectures layer_times "
-        "contenders race"
+        "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
+        "layer_times contenders race"
     ),
-    10: "cli __main__",
+    10: "web cli __main__",
 }
 FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split()}
 
@@ -70,11 +70,13 @@ BESIDE = {
     "runs": "checkpoint data evaluation files images models plots shifts training",
     "layers": "sight",
     "tracing": "layers sight",
+    "scenes": "layers sight",
     "network_benchmark": "architectures models benchmark",
     "contenders": "architectures benchmark",
     "race": "contenders",
     "layer_times": "benchmark",
     "diagnosis": "benchmark",
+    "cli": "web",
     "__main__": "cli",
 }
 ALLOWED = {(one, other) for one, others in BESIDE.items() for other in others.split()}

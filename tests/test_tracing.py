@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import neocog.nn as cog
-from neocog.errors import InvalidModel, InvalidProblem, Unsupported
+from neocog.errors import InvalidProblem, Unsupported
 from neocog.geometry import ReceptiveField
 from neocog.layers import LayerInfo, describe
 from neocog.sight import Beyond, Field
@@ -343,7 +343,9 @@ def test_inputs_the_model_cannot_take() -> None:
     model = nn.Sequential(cog.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 2))
     with pytest.raises(InvalidProblem, match=re.escape("floor((2 - 1*(3-1) - 1 + 0 + 0)/1) + 1")):
         describe(model, (1, 2, 2))
-    with pytest.raises(InvalidModel, match=r"layer 3 \(2, Linear\): .* input of 1x5x5 .*: mat1"):
+    with pytest.raises(
+        InvalidProblem, match=r"layer 3 \(2, Linear\): .* takes 8 numbers .* got 18"
+    ):
         describe(model, (1, 5, 5))
     with pytest.raises(InvalidProblem, match=r"x must be one input .*, got \(2, 1, 4, 4\)"):
         explain_value(model, torch.zeros(2, 1, 4, 4), 1, 0, (0, 0))

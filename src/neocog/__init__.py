@@ -4,6 +4,7 @@
 ``neocog.geometry`` and ``neocog.reference`` are the mathematics underneath.
 ``neocog.freeze(model, example)`` and ``torch.compile(model, backend="neocog")`` compile whole
 models for inference; ``neocog.report`` says what became of them, ``neocog.models`` holds networks.
+``neocog.explain(model, image)`` shows where each number in a network comes from.
 """
 
 import importlib
@@ -13,10 +14,10 @@ from typing import Any
 __version__ = metadata.version("neocog")
 
 __all__ = [
-    "freeze", "functional", "geometry", "models", "nn", "problem", "reference", "report"
+    "explain", "freeze", "functional", "geometry", "models", "nn", "problem", "reference", "report"
 ]  # fmt: skip
 
-FUNCTIONS = {"freeze": "freezing", "report": "backend"}
+FUNCTIONS = {"explain": "web.page", "freeze": "freezing", "report": "backend"}
 """Functions offered here, and the module of each."""
 
 

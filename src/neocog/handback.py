@@ -50,7 +50,9 @@ HANDED_BACK = (
 
 @functools.lru_cache(256)
 def say(what: str, reason: str) -> None:
-    """Log, once for each pair, that ``what`` went to PyTorch."""
+    """Log, once for each pair, that ``what`` went to PyTorch; not of tensors without data."""
+    if reason.startswith("device meta "):
+        return
     log.warning("%s handed back to PyTorch: %s", what, reason)
 
 

@@ -39,6 +39,8 @@ class LayerTime:
     multiply_adds: int
     share: float
     """Of the peak measured in between: over 1 where Winograd saves multiply-adds."""
+    weight: str = ""
+    """The name of its weights, by which a layer of the model is found; empty if it has none."""
 
     def plain(self) -> dict[str, Any]:
         """The row for a JSON file."""
@@ -155,6 +157,7 @@ def _rows(steps: Sequence[Step], seconds: np.ndarray, peak: float) -> list[Layer
             total,
             node.multiply_adds,
             node.multiply_adds / total / peak if total else 0.0,
+            node.op.weight if isinstance(node.op, Layer | Linear) else "",
         )
         for node, (kernels, total) in made.items()
     ]

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from . import nn as neocog_nn
 from .activations import ACTIVATIONS
-from .errors import InvalidModel, NeocogError
+from .errors import InvalidModel, InvalidProblem, NeocogError
 from .problem import Act, Conv, Pool, Pooling, conv2d_problem
-from .sight import Beyond, Follow, Sight, joined, through
+from .sight import Beyond, Follow, Sight, joined, tensors_in, through
 
 Shape = tuple[int, ...]
 
@@ -99,47 +99,92 @@ class Capture:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class Walked:
+    """The layers that an input passed, what came out, and what stopped it, None if nothing did."""
+
+    layers: list[LayerInfo]
+    output: object
+    error: NeocogError | None
+
+
+Watch = Callable[[int, str], bool]
+Visit = Callable[[Capture, object], None]
+
+
 def describe(model: nn.Module, in_shape: Sequence[int]) -> list[LayerInfo]:
     """The layers that an input of shape ``in_shape`` (C, H, W, without the batch) passes.
 
     Runs the model once on zeros, in evaluation mode and without gradients. InvalidProblem or
     InvalidModel, naming the layer, if it cannot take such an input.
     """
+    walked = describe_as_far_as_it_goes(model, in_shape)
+    if walked.error is not None:
+        raise walked.error
+    return walked.layers
+
+
+def describe_as_far_as_it_goes(model: nn.Module, in_shape: Sequence[int]) -> Walked:
+    """As :func:`describe`, with the layers up to the one that fails beside the error."""
     parameter = next(model.parameters(), torch.zeros(()))
-    x = torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device)
-    return observe(model, x)[0]
+    return walk(model, torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device))
 
 
-def observe(
-    model: nn.Module, x: Tensor, watch: Callable[[int, str], bool] = lambda index, name: False
-) -> tuple[list[LayerInfo], Capture | None]:
-    """Runs the model on a batch ``x`` and returns its layers and the first one ``watch`` accepts.
+def walk(
+    model: nn.Module,
+    x: Tensor,
+    *,
+    watch: Watch = lambda index, name: False,
+    visit: Visit = lambda capture, output: None,
+    follow: Follow | None = None,
+) -> Walked:
+    """Runs the model on a batch ``x``, in evaluation mode and without gradients.
 
-    ``watch`` is asked with a layer's position, counted from 1, and its module's name. Errors as
-    :func:`describe`.
+    ``watch`` is asked with a layer's position, counted from 1, and its module's name, whether
+    ``visit`` is to be called with what went through it, and with what it returned. ``follow`` is
+    active while the model runs.
     """
-    walk = _Walk(Follow(x), watch)
+    state = _Walk(follow or Follow(x), watch, visit)
+    error: NeocogError | None = None
+    output: object = None
     with ExitStack() as stack:
         stack.enter_context(_evaluating(model))
         for name, module in leaves(model):
-            enter, leave = partial(walk.enter, name), partial(walk.leave, name)
+            enter, leave = partial(state.enter, name), partial(state.leave, name)
             before = module.register_forward_pre_hook(enter, with_kwargs=True)
             after = module.register_forward_hook(leave, with_kwargs=True)
             stack.callback(before.remove)
             stack.callback(after.remove)
         stack.enter_context(torch.no_grad())
-        stack.enter_context(walk.follow)
+        stack.enter_context(state.follow)
         try:
-            model(x)
-        except NeocogError as error:
-            raise type(error)(f"{walk.where}{error}") from error
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            reason = str(error).strip().split("\n")[0]
-            raise InvalidModel(
-                f"{walk.where}the model cannot take an input of {size_text(x.shape[1:])} "
+            output = model(x)
+        except NeocogError as found:
+            error = type(found)(f"{state.where}{found}")
+            error.__cause__ = found
+        except (RuntimeError, ValueError, TypeError, IndexError) as found:
+            reason = str(found).strip().split("\n")[0]
+            error = InvalidModel(
+                f"{state.where}the model cannot take an input of {size_text(x.shape[1:])} "
                 f"(channels x height x width): {reason}"
-            ) from error
-    return walk.layers, walk.capture
+            )
+            error.__cause__ = found
+    return Walked(state.layers, output, error)
+
+
+def observe(
+    model: nn.Module, x: Tensor, watch: Watch = lambda index, name: False
+) -> tuple[list[LayerInfo], Capture | None]:
+    """Runs the model on a batch ``x`` and returns its layers and the first one ``watch`` accepts.
+
+    Errors as :func:`describe`.
+    """
+    found: list[Capture] = []
+    first = lambda index, name: not found and watch(index, name)  # noqa: E731
+    walked = walk(model, x, watch=first, visit=lambda capture, output: found.append(capture))
+    if walked.error is not None:
+        raise walked.error
+    return walked.layers, found[0] if found else None
 
 
 def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -174,9 +219,9 @@ class _Walk:
     """The state of one run: the layers passed so far, and where the run is."""
 
     follow: Follow
-    watch: Callable[[int, str], bool]
+    watch: Watch
+    visit: Visit
     layers: list[LayerInfo] = field(default_factory=list)
-    capture: Capture | None = None
     where: str = ""
     _entered: dict[nn.Module, tuple[Tensor, Sight]] = field(default_factory=dict)
     _passed: dict[nn.Module, int] = field(default_factory=dict)
@@ -186,16 +231,18 @@ class _Walk:
         self.where = f"layer {index} ({name}, {type(module).__name__}): "
         x = _input(args, kwargs)
         if x is not None:
-            windows_of(module, tuple(x.shape))  # says what is wrong better than the layer would
+            _check_takes(module, tuple(x.shape))
             # Copied, for what follows may overwrite it: ReLU(inplace=True) does.
             self._entered[module] = (
-                x.clone() if self._wanted(index, name) else x,
+                _copied(x) if self.watch(index, name) else x,
                 self.follow.of(x),
             )
+        self.follow.enter(_inputs(module, args, kwargs))
 
     def leave(
         self, name: str, module: nn.Module, args: tuple, kwargs: dict, output: object
     ) -> None:
+        self.follow.leave()
         result = output[0] if isinstance(output, (tuple, list)) else output
         if module not in self._entered or not isinstance(result, Tensor):
             return
@@ -205,13 +252,10 @@ class _Walk:
         index = len(self.layers) + 1
         self.layers.append(_info(index, name, module, stages, self._passed.get(module)))
         self._passed.setdefault(module, index)
-        if self._wanted(index, name):
-            kept = None if residual is None else residual.clone()
-            self.capture = Capture(self.layers[-1], module, x, kept, result.clone())
+        if self.watch(index, name):
+            kept = None if residual is None else _copied(residual)
+            self.visit(Capture(self.layers[-1], module, x, kept, _copied(result)), output)
         self.where = f"after layer {index} ({name}): "
-
-    def _wanted(self, index: int, name: str) -> bool:
-        return self.capture is None and self.watch(index, name)
 
     def _stages(
         self, module: nn.Module, x: Tensor, sight: Sight, residual: Tensor | None, output: Tensor
@@ -234,9 +278,30 @@ class _Walk:
         return tuple(stages)
 
 
+def _check_takes(module: nn.Module, in_shape: Shape) -> None:
+    """Says what is wrong with an input better than the layer itself would: with the formula."""
+    windows_of(module, in_shape)
+    if isinstance(module, nn.Linear) and in_shape and in_shape[-1] != module.in_features:
+        raise InvalidProblem(
+            f"a fully connected layer of {module.in_features} x {module.out_features} weights "
+            f"takes {module.in_features} numbers in its last axis, got {in_shape[-1]}"
+        )
+
+
+# A subclass with a way of its own does who knows what.
+_FORWARDS = {nn.Conv2d.forward, nn.MaxPool2d.forward, nn.AvgPool2d.forward}
+_FORWARDS |= {
+    cls.forward for cls in (neocog_nn.ConvBlock, neocog_nn.MaxPool2d, neocog_nn.AvgPool2d)
+}
+_CONVOLVING = {None, nn.Conv2d._conv_forward, neocog_nn.Conv2d._conv_forward}
+
+
 def windows_of(module: nn.Module, in_shape: Shape) -> tuple[Conv | Pool, ...]:
     """The convolution and the pool that a module does on an input (N, C, H, W), those there are."""
-    if len(in_shape) != 4:
+    kind = type(module)
+    if len(in_shape) != 4 or kind.forward not in _FORWARDS:
+        return ()
+    if getattr(kind, "_conv_forward", None) not in _CONVOLVING:
         return ()
     if isinstance(module, nn.AvgPool2d) or (
         isinstance(module, nn.MaxPool2d) and not module.return_indices
@@ -263,7 +328,22 @@ def activation_of(module: nn.Module) -> Act:
     return Act(module.activation, module.negative_slope if takes_slope else 0.0)
 
 
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy that nobody who watches the model's functions sees."""
+    with torch._C.DisableTorchFunction():
+        return tensor.detach().clone()
+
+
+def _inputs(module: nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors a layer is given, its input first and its residual second."""
+    found = [_input(args, kwargs), _residual(module, args, kwargs)]
+    rest = [t for t in tensors_in((args, kwargs)) if all(t is not other for other in found)]
+    return [*(t for t in found if t is not None), *rest]
+
+
 def _input(args: tuple, kwargs: dict) -> Tensor | None:
+    if isinstance(kwargs.get("input"), Tensor):
+        return kwargs["input"]
     return next((value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)), None)
 
 

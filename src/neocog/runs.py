@@ -4,7 +4,7 @@
     last.safetensors   the state after the last finished epoch, to resume from
     best.safetensors   the network at its lowest validation loss; mlp.safetensors likewise
     metrics.json       the results: accuracies, shift table, history
-    training.png  shifts.png  right-*.png  wrong-*.png
+    training.png  shifts.png  right-*.png  wrong-*.png, and a page (.html) about each of the two
 
 Each file is written whole or not at all. In what order does not matter: whatever a killed run
 left unfinished, the resumed one does again, with the same result.
@@ -193,7 +193,7 @@ class Run:
             "history": trainer.history,
         }
         answers = logits(networks["cnn"], found.test.images, how).argmax(dim=1)
-        metrics["examples"] = self._write_examples(found, answers, how)
+        metrics["examples"], metrics["example_classes"] = self._write_examples(found, answers, how)
         write_atomically(self.folder / "training.png", plots.training_curve(trainer.history))
         write_atomically(self.folder / "shifts.png", plots.shift_curve(table))
         write_json(self.folder / METRICS, metrics)
@@ -201,20 +201,22 @@ class Run:
 
     def _write_examples(
         self, found: DataSet, answers: Tensor, how: Preprocessing
-    ) -> dict[str, str | None]:
-        """One test picture read rightly and one wrongly as PNG files: their names, None if none.
+    ) -> tuple[dict[str, str | None], dict[str, int]]:
+        """A test picture read rightly and one read wrongly as PNG files: names or None, classes.
 
         Chosen are the first that come back from the file as they are: a picture that reading
         would frame or invert anew might be read otherwise than it was here.
         """
         names: dict[str, str | None] = {}
+        labels: dict[str, int] = {}
         right = answers == found.test.labels
         for kind, candidates in (("right", right.nonzero()), ("wrong", (~right).nonzero())):
             names[kind] = None
             for index in candidates.flatten().tolist()[:50]:
                 png = _as_png(found.test.images[index])
                 if _comes_back(png, found.test.images[index], how):
-                    truth = _safe(found.classes[found.test.labels[index]])
+                    labels[kind] = int(found.test.labels[index])
+                    truth = _safe(found.classes[labels[kind]])
                     answer = (
                         "" if kind == "right" else f"-as-{_safe(found.classes[answers[index]])}"
                     )
@@ -222,7 +224,7 @@ class Run:
                     write_atomically(self.folder / name, png)
                     names[kind] = name
                     break
-        return names
+        return names, labels
 
     def _config(self, trainer: Trainer) -> dict[str, Any]:
         return {

@@ -105,6 +105,12 @@ class Follow(TorchFunctionMode):
         """Says what a tensor sees; overrides what was concluded from the functions called."""
         self._met[id(tensor)] = (tensor, sight)
 
+    def enter(self, inputs: list[Tensor]) -> None:
+        """A layer begins, given these tensors: whoever records layers may want to know."""
+
+    def leave(self) -> None:
+        """The layer that was entered last is done."""
+
     def of(self, tensor: Tensor) -> Sight:
         """What a tensor sees; unknown for one that was not made from the input."""
         return self._met[id(tensor)][1] if id(tensor) in self._met else Beyond.UNKNOWN
@@ -112,9 +118,9 @@ class Follow(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         # Tensors never met are constants: weights, scales.
-        inputs = [t for t in _tensors((args, kwargs)) if id(t) in self._met]
+        inputs = [t for t in tensors_in((args, kwargs)) if id(t) in self._met]
         if inputs:
-            for output in _tensors(result):
+            for output in tensors_in(result):
                 self.note(output, self._after(getattr(func, "__name__", ""), inputs, output))
         return result
 
@@ -137,11 +143,12 @@ class Follow(TorchFunctionMode):
         return Beyond.UNKNOWN
 
 
-def _tensors(values: object) -> Iterator[Tensor]:
+def tensors_in(values: object) -> Iterator[Tensor]:
+    """The tensors in a value, inside lists, tuples and dictionaries too."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(list(values.values()))
+        yield from tensors_in(list(values.values()))
     elif isinstance(values, (list, tuple)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors_in(value)

@@ -2,42 +2,32 @@
 
 from __future__ import annotations
 
-import re
+import math
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidData, InvalidProblem
+from ..errors import InvalidProblem
+from .given import (
+    Given,
+    InputOption,
+    ModelArgument,
+    Picture,
+    numbers,
+    open_model,
+    read_picture_for,
+)
 from .reading import WeightsOption
-from .shared import JsonOption, print_json
+from .shared import JsonOption, print_json, program
 
-if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
-    from torch import Tensor, nn
+if TYPE_CHECKING:
+    from ..web.page import Page
 
-    from ..checkpoint import LoadedModel, Preprocessing
-
-Shape = tuple[int, int, int]
-
-_SHORTHAND = re.compile(r"[0-9]*[A-Z]?[0-9]+(p[0-9]+)?(-[0-9]*[A-Z]?[0-9]+(p[0-9]+)?)*")
-
-ModelArgument = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="A run directory, a checkpoint, package.module:factory or layers as 32C3-P2-10.",
-        show_default=False,
-    ),
-]
-InputOption = Annotated[
-    str | None,
-    typer.Option(
-        "--input",
-        metavar="C,H,W",
-        help="Channels, height and width of the input.",
-        show_default="what MODEL takes, 1,28,28 for layers",
-    ),
-]
+MEGA = 1_000_000
 
 
 def register(app: typer.Typer) -> None:
@@ -55,26 +45,34 @@ def summary(
     """List a network layer by layer: sizes, weights, work and receptive fields.
 
     For each convolution and pool the size formula with its numbers, and the weights beside those
-    of a fully connected layer between the same shapes.
+    of a fully connected layer between the same shapes. A network that cannot take its input is
+    listed up to the layer that fails.
     """
     from rich.console import Console
     from rich.text import Text
 
-    from ..layers import describe, size_text
+    from ..layers import describe_as_far_as_it_goes, size_text
     from ..models import weight_count
     from .looking_json import summary_json
     from .summary_view import summary_view
 
-    loaded, in_shape = _open(model, weights, input)
-    layers = describe(loaded.model, in_shape)
-    parameters = weight_count(loaded.model)
+    given = open_model(model, weights, input)
+    walked = describe_as_far_as_it_goes(given.loaded.model, given.in_shape)
+    error = walked.error or given.error
+    parameters = weight_count(given.loaded.model)
+    if error is not None and (as_json or not walked.layers):
+        raise error
     if as_json:
-        print_json(summary_json(model, in_shape, layers, parameters))
+        print_json(summary_json(model, given.in_shape, walked.layers, parameters))
         return
     console = Console(highlight=False)
-    console.print(Text.assemble((loaded.source, "bold"), f" on an input of {size_text(in_shape)}"))
+    source = given.loaded.source
+    console.print(Text.assemble((source, "bold"), f" on an input of {size_text(given.in_shape)}"))
     console.print()
-    console.print(summary_view(layers, in_shape, parameters))
+    counted = parameters if error is None else None
+    console.print(summary_view(walked.layers, given.in_shape, counted))
+    if error is not None:
+        raise error
 
 
 def explain(
@@ -87,26 +85,92 @@ def explain(
         ),
     ],
     layer: Annotated[
-        str, typer.Option("--layer", metavar="L", help="Its number in `summary`, or its name.")
-    ],
+        str | None,
+        typer.Option("--layer", metavar="L", help="Its number in `summary`, or its name."),
+    ] = None,
     channel: Annotated[
-        int, typer.Option("--channel", metavar="C", help="The output channel, from 0.")
-    ],
+        int | None, typer.Option("--channel", metavar="C", help="The output channel, from 0.")
+    ] = None,
     at: Annotated[
-        str, typer.Option("--at", metavar="Y,X", help="Row and column of its output, from 0.")
-    ],
+        str | None,
+        typer.Option("--at", metavar="Y,X", help="Row and column of its output, from 0."),
+    ] = None,
     weights: WeightsOption = None,
     input: InputOption = None,
     show_all: Annotated[
         bool, typer.Option("--all", help="Draw every input channel, not only the largest few.")
     ] = False,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", metavar="FILE", help="The page.", show_default="<IMAGE>.html"),
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="L,L", help="Layers whose exact numbers come first."),
+    ] = None,
+    budget: Annotated[
+        float, typer.Option("--budget", metavar="MB", help="Of exact numbers in the page.")
+    ] = 8,
+    serve: Annotated[
+        bool, typer.Option("--serve", help="Serve the page with all its numbers until Ctrl-C.")
+    ] = False,
+    port: Annotated[
+        int, typer.Option("--port", metavar="N", help="To serve at.", show_default="a free one")
+    ] = 0,
+    no_open: Annotated[bool, typer.Option("--no-open", help="Open no browser.")] = False,
+    no_times: Annotated[
+        bool, typer.Option("--no-times", help="Compile and time no kernels.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Show where one number of a network comes from, and check it against the network.
+    """Show where the numbers of a network come from, and check them against the network.
 
-    The window with its padding, the kernel, every product, the sum of each input channel, bias,
-    activation and the pool's winner. Exit code 1 if that does not lead to the network's own value.
+    Writes a page in which to point at any number of any feature map: the window it was computed
+    from with its padding, the kernel, every product, the sum of each input channel, bias,
+    activation and the pool's winner. With --layer, --channel and --at, prints one number's to the
+    terminal; exit code 1 if that does not lead to the network's own value.
     """
+    place = {"--layer": layer, "--channel": channel, "--at": at}
+    missing = [name for name, value in place.items() if value is None]
+    if missing and len(missing) < len(place):
+        raise InvalidProblem(
+            f"{missing[0]} is missing: --layer, --channel and --at name one number together"
+        )
+    if not 0 < budget < math.inf:
+        raise InvalidProblem(f"--budget {budget:g}: expected more than 0")
+    given = open_model(model, weights, input)
+    picture = read_picture_for(image, given)
+    if layer is not None and channel is not None and at is not None:
+        row, col = numbers("--at", at, "Y,X", 2)
+        _print(model, image, given, picture, (layer, channel, (row, col)), show_all, as_json)
+        return
+    page = _page(model, image, given, picture, layers, budget, serve, not no_times)
+    if serve:
+        _serve(page, port, _on_desktop() and not no_open)
+    else:
+        path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
+        page.save(path)
+        if as_json:
+            exact = [name for name, exact in page.layers() if exact]
+            print_json({"page": str(path), "bytes": path.stat().st_size, "exact": exact})
+        else:
+            _say(page, path)
+            if _on_desktop() and not no_open:
+                typer.launch(str(path))
+    if page.scene.error is not None:
+        raise page.scene.error
+
+
+def _print(
+    model: str,
+    image: str,
+    given: Given,
+    picture: Picture,
+    place: tuple[str, int, tuple[int, int]],
+    show_all: bool,
+    as_json: bool,
+) -> None:
+    """One number, on the terminal."""
     from rich.console import Console
     from rich.text import Text
 
@@ -114,16 +178,14 @@ def explain(
     from .explain_view import Look, explain_view
     from .looking_json import explanation_json
 
-    row, col = _numbers("--at", at, "Y,X", 2)
-    loaded, in_shape = _open(model, weights, input)
-    x, notes = _picture(image, in_shape, loaded.preprocessing)
+    layer, channel, at = place
     wanted = int(layer) if layer.isdecimal() else layer
-    found = explain_value(loaded.model, x, wanted, channel, (row, col))
+    found = explain_value(given.loaded.model, picture.x, wanted, channel, at)
     if as_json:
-        print_json(explanation_json(model, image, notes, found))
+        print_json(explanation_json(model, image, picture.notes, found))
     else:
         console = Console(highlight=False)
-        for note in notes:
+        for note in picture.notes:
             console.print(Text(f"note: {note}", style="dim"))
         padding = "." if console.options.ascii_only else "·"
         console.print(explain_view(found, Look(console.width, show_all, padding)))
@@ -136,89 +198,65 @@ def explain(
         raise typer.Exit(1)
 
 
-# Arguments
+def _page(
+    model: str,
+    image: str,
+    given: Given,
+    picture: Picture,
+    layers: str | None,
+    budget: float,
+    serve: bool,
+    timed: bool,
+) -> Page:
+    from ..web.page import make_page
+    from ..web.payload import About
 
-
-def _open(spec: str, weights: Path | None, size: str | None) -> tuple[LoadedModel, Shape]:
-    """The model and the shape of the input it is to be run on."""
-    from ..checkpoint import load_model
-    from ..factories import is_factory
-
-    given: Shape | None = None
-    if size is not None:
-        channels, height, width = _numbers("--input", size, "C,H,W", 3)
-        given = channels, height, width
-        if min(given) < 1:
-            raise InvalidProblem(f"--input {size}: expected C,H,W of at least 1 each")
-    plain = weights is None and not Path(spec).exists() and not is_factory(spec)
-    if plain and _SHORTHAND.fullmatch(spec):
-        return _from_shorthand(spec, given or (1, 28, 28))
-    loaded = load_model(spec, weights)
-    in_shape = given or loaded.in_shape
-    if in_shape is None:
-        raise InvalidProblem(f"{spec} does not say what it takes; {_input_hint(loaded.model)}")
-    return loaded, in_shape
-
-
-def _from_shorthand(spec: str, in_shape: Shape) -> tuple[LoadedModel, Shape]:
-    import torch
-
-    from .. import models
-    from ..checkpoint import LoadedModel, Preprocessing
-
-    torch.manual_seed(0)  # untrained, but the same numbers every time
-    model = models.parse(spec, in_shape, headless=True).eval()
-    raw = Preprocessing(mean=(0.0,) * in_shape[0], std=(1.0,) * in_shape[0])
-    return LoadedModel(model, in_shape, raw, (), f"{spec} (untrained)", spec), in_shape
-
-
-def _input_hint(model: nn.Module) -> str:
-    from torch import nn
-
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None:
-        return "expected --input C,H,W"
-    example = f"{first.in_channels},224,224"
-    return (
-        f"expected --input C,H,W (its first convolution takes {first.in_channels} channels: "
-        f"--input {example})"
+    about = About(
+        model=model,
+        image=image,
+        notes=picture.notes,
+        command=f"{program()} explain {shlex.quote(model)} {shlex.quote(image)} --serve",
+        classes=given.loaded.classes or None,
+        truth=picture.truth,
+    )
+    return make_page(
+        given.loaded.model,
+        picture.x[None],
+        about,
+        layers=[part.strip() for part in layers.split(",")] if layers else (),
+        budget=round(MEGA * budget),
+        serve=serve,
+        timed=timed,
+        error=given.error,
     )
 
 
-def _numbers(option: str, text: str, form: str, count: int) -> list[int]:
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if len(numbers) != count:
-        raise InvalidProblem(f"{option} {text!r}: expected {form}, {count} whole numbers")
-    return numbers
+def _say(page: Page, path: Path) -> None:
+    """Where the page is, and what it holds."""
+    typer.echo(f"{path}  ({path.stat().st_size / MEGA:.1f} MB)")
+    pictures = [name for name, exact in page.layers() if not exact]
+    if pictures:
+        shown = ", ".join(pictures[:4]) + (f" and {len(pictures) - 4} more" if pictures[4:] else "")
+        typer.echo(f"pictures only, without exact numbers: {shown}")
+        typer.echo(f"for all numbers: {page.data['command']}")
 
 
-def _picture(image: str, in_shape: Shape, how: Preprocessing) -> tuple[Tensor, tuple[str, ...]]:
-    """The picture as the model takes it, float32 (C, H, W), and what was done to it."""
-    from .. import data
-    from ..images import read_picture
-    from ..layers import size_text
+def _serve(page: Page, port: int, browse: bool) -> None:
+    from ..web.server import Server
 
-    number = re.fullmatch(r"test:(-?[0-9]+)", image)
-    if number is None:
-        channels, *size = in_shape
-        prepared = read_picture(
-            image,
-            channels,
-            (size[0], size[1]),
-            background=how.background,
-            digit_like=how.digit_like,
-        )
-        return how.apply(prepared.tensor[None])[0], prepared.notes
-    pictures = data.load().test.images
-    index = int(number.group(1))
-    if not 0 <= index < len(pictures):
-        raise InvalidData(f"{image}: expected test:0 to test:{len(pictures) - 1}")
-    shape = tuple(pictures.shape[1:])
-    if shape != in_shape:
-        raise InvalidData(
-            f"{image} is a digit of {size_text(shape)}, the network takes {size_text(in_shape)}"
-        )
-    return how.apply(pictures[index : index + 1])[0], ()
+    with Server(page, port) as server:
+        typer.echo(f"{server.url}  (Ctrl-C stops)")
+        if browse:
+            typer.launch(server.url)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            typer.echo("")
+
+
+def _on_desktop() -> bool:
+    """Whether a browser can be opened for somebody who looks at this terminal."""
+    shown = sys.platform in ("darwin", "win32") or any(
+        os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
+    return shown and sys.stdout.isatty()

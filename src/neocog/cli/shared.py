@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -61,3 +65,14 @@ def bar(share: float, ascii_only: bool) -> str:
         return "#" * round(share * BAR)
     whole, part = divmod(round(share * BAR * 8), 8)
     return "█" * whole + " ▏▎▍▌▋▊▉"[part].strip()
+
+
+def program() -> str:
+    """How this program was called, so that what it prints can be typed as it stands."""
+    called = Path(sys.argv[0])
+    if called.name == "__main__.py":
+        return f"{shlex.quote(sys.executable)} -m neocog"
+    found = shutil.which(called.name)
+    if found is not None and Path(found).resolve() == called.resolve():
+        return called.name
+    return shlex.quote(str(called))

@@ -18,11 +18,12 @@ _LISTED = 4  # indices of unreached rows or columns before the rest is only coun
 
 
 def summary_view(
-    layers: Sequence[LayerInfo], in_shape: Sequence[int], all_parameters: int
+    layers: Sequence[LayerInfo], in_shape: Sequence[int], all_parameters: int | None
 ) -> RenderableType:
     """Everything ``neocog summary`` prints below its headline.
 
-    ``all_parameters`` counts the model's own, those outside of the listed layers included.
+    ``all_parameters`` counts the model's own, those outside of the listed layers included; None
+    for a list that stops short.
     """
     parts: list[RenderableType] = [_layers(layers, in_shape), *_notes(_layer_notes(layers))]
     if any(stage.problem for info in layers for stage in info.stages):
@@ -143,14 +144,15 @@ def _weight_cells(info: LayerInfo, stage: Stage) -> tuple[str | Text, str, str, 
     return f"{info.weights:,}", f"{info.biases:,}", "", work
 
 
-def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int) -> list[str]:
+def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int | None) -> list[str]:
     notes = []
     if _convolves(layers):
         notes.append("a kernel: input channels x height x width, one for each output channel")
         notes.append(
             "fully connected: every input to every output of the convolution, C*H*W*K*OH*OW"
         )
-    outside = all_parameters - sum(info.weights + info.biases for info in layers)
+    listed = sum(info.weights + info.biases for info in layers)
+    outside = 0 if all_parameters is None else all_parameters - listed
     if outside:
         notes.append(f"{outside:,} more parameters belong to no layer that this input passes")
     return notes

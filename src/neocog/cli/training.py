@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import NeocogError
 from .shared import JsonOption, ThreadsOption, print_json, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
@@ -101,10 +103,11 @@ def train(
     except KeyboardInterrupt:
         view.stopped(run, len(trainer.history))
         raise typer.Exit(130) from None
+    pages = _pages(run, metrics, view.notes)
     if as_json:
-        print_json({"run": str(run.folder), **metrics})
+        print_json({"run": str(run.folder), "pages": [str(page) for page in pages], **metrics})
     else:
-        view.results(run, metrics)
+        view.results(run, metrics, pages)
 
 
 def _begun(
@@ -132,6 +135,19 @@ def _begun(
     trainer = Trainer(found, Settings(**given), preprocessing_of(found), where)
     run = Run.create(trainer, source, out=out, threads=torch.get_num_threads())
     return run, trainer
+
+
+def _pages(run: Run, metrics: Mapping[str, Any], note: Any) -> list[Path]:
+    """The pages about the examples; the training is done, whatever becomes of them."""
+    from .run_pages import write_pages
+
+    try:
+        return write_pages(run, metrics)
+    except (NeocogError, OSError) as error:
+        note([f"no pages: {error}"])
+    except KeyboardInterrupt:
+        note(["no pages: stopped"])
+    return []
 
 
 def _resumed(folder: Path, threads: int | None, note: Any) -> tuple[Run, Trainer]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shlex
-import shutil
-import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from rich.text import Text
 from ..models import weight_count
 from ..runs import Run
 from ..training import OnStep, Trainer
-from .shared import BAR, bar, percent
+from .shared import BAR, bar, percent, program
 
 NAMES = {"cnn": "network", "mlp": "perceptron"}
 COLOURS = {"cnn": "cyan", "mlp": "dark_orange"}
@@ -102,8 +100,8 @@ class TrainingView:
         )
         self._command(f"train --resume {folder}")
 
-    def results(self, run: Run, metrics: Mapping[str, Any]) -> None:
-        """The accuracies, the shift table and what to type next."""
+    def results(self, run: Run, metrics: Mapping[str, Any], pages: Sequence[Path]) -> None:
+        """The accuracies, the shift table, what to type next and the pages to open."""
         self.console.print()
         self.console.print(_accuracies(metrics))
         self.console.print()
@@ -121,21 +119,15 @@ class TrainingView:
         self.console.print("\nNext:")
         for command in _next_commands(run.folder, metrics["examples"]):
             self._command(command)
+        if pages:
+            self.console.print("\nOpen in a browser, and point at any number to see its origin:")
+        for page in pages:
+            link = Text(f"  {page}", style=f"bold link {page.absolute().as_uri()}")
+            self.console.print(link, soft_wrap=True)
 
     def _command(self, arguments: str) -> None:
         # In one piece however narrow the terminal is, so that it can be copied.
         self.console.print(Text(f"  {program()} {arguments}", style="bold"), soft_wrap=True)
-
-
-def program() -> str:
-    """How this program was called, so that what it prints can be typed as it stands."""
-    called = Path(sys.argv[0])
-    if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m neocog"
-    found = shutil.which(called.name)
-    if found is not None and Path(found).resolve() == called.resolve():
-        return called.name
-    return shlex.quote(str(called))
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> Table:

@@ -1,0 +1,39 @@
+"""The pages that ``train`` leaves: one about a test picture read rightly, one about a wrong one."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import load_model
+from ..runs import Run
+from ..web.page import make_page
+from ..web.payload import About
+from .given import Given, read_picture_for
+from .shared import program
+
+
+def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
+    """Writes the page of each example beside its picture; OSError if it cannot."""
+    loaded = load_model(str(run.folder))
+    assert loaded.in_shape is not None
+    written = []
+    for kind, name in metrics["examples"].items():
+        if name is None:
+            continue
+        image = run.folder / name
+        picture = read_picture_for(str(image), Given(loaded, loaded.in_shape))
+        model = shlex.quote(str(run.folder))
+        about = About(
+            model=str(run.folder),
+            image=name,
+            notes=picture.notes,
+            command=f"{program()} explain {model} {shlex.quote(str(image))} --serve",
+            classes=loaded.classes,
+            truth=metrics["example_classes"][kind],
+        )
+        page = make_page(loaded.model, picture.x[None], about)
+        written.append(page.save(image.with_suffix(".html")))
+    return written

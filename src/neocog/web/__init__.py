@@ -1,0 +1,1 @@
+"""The page of ``neocog explain``: a scene as data, the page around it, and a server."""
