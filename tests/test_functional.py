@@ -264,7 +264,7 @@ def test_a_view_whose_signs_are_flipped_when_read() -> None:
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     """The warnings of the logger ``neocog`` so far."""
-    handback.say.cache_clear()
+    handback.warn_once.cache_clear()
     caplog.set_level(logging.WARNING, logger="neocog")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "neocog"]
 

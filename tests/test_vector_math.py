@@ -266,7 +266,7 @@ def expected(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, name: str) -> to
 @pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture):
     """The warnings of the logger ``neocog`` so far."""
-    handback.say.cache_clear()
+    handback.warn_once.cache_clear()
     caplog.set_level("WARNING", logger="neocog")
     return lambda: [r.getMessage() for r in caplog.records if r.name == "neocog"]
 

@@ -48,11 +48,16 @@ HANDED_BACK = (
 """What goes to PyTorch, and why; for ``neocog doctor``."""
 
 
-@functools.lru_cache(256)
 def say(what: str, reason: str) -> None:
-    """Log, once for each pair, that ``what`` went to PyTorch; not of tensors without data."""
-    if reason.startswith("device meta "):
-        return
+    """Log, once for each pair, that ``what`` went to PyTorch."""
+    captures = reason.startswith("device meta ") and torch._C._len_torch_function_stack()
+    if not captures:  # a model that is captured computes shapes only
+        warn_once(what, reason)
+
+
+@functools.lru_cache(256)
+def warn_once(what: str, reason: str) -> None:
+    """The warning itself."""
     log.warning("%s handed back to PyTorch: %s", what, reason)
 
 

@@ -16,7 +16,7 @@ from .shared import program
 
 
 def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
-    """Writes the page of each example beside its picture; OSError if it cannot."""
+    """The page of each example beside its picture, written unless it is there; OSError."""
     loaded = load_model(str(run.folder))
     assert loaded.in_shape is not None
     written = []
@@ -24,6 +24,10 @@ def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
         if name is None:
             continue
         image = run.folder / name
+        path = image.with_suffix(".html")
+        if path.exists():  # of a finished run that is resumed: nothing of it has changed
+            written.append(path)
+            continue
         picture = read_picture_for(str(image), Given(loaded, loaded.in_shape))
         model = shlex.quote(str(run.folder))
         about = About(
@@ -35,5 +39,5 @@ def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
             truth=metrics["example_classes"][kind],
         )
         page = make_page(loaded.model, picture.x[None], about)
-        written.append(page.save(image.with_suffix(".html")))
+        written.append(page.save(path))
     return written
