@@ -270,9 +270,10 @@ def test_the_command_as_json(workplace: Path) -> None:
 
 
 def test_the_command_says_what_is_picture_only(workplace: Path) -> None:
-    result = call("8C3-P2-16C3-P2-10", "test:7", "--budget", "0.06", "--no-times")
+    size = ["--input", "1,28,28"]
+    result = call("8C3-P2-16C3-P2-10", "test:7", *size, "--budget", "0.06", "--no-times")
     assert "pictures only, without exact numbers: 1" in result.output
-    assert "--serve" in result.output
+    assert "explain 8C3-P2-16C3-P2-10 test:7 --input 1,28,28 --serve" in result.output
 
 
 @pytest.mark.parametrize(

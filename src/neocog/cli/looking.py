@@ -130,6 +130,9 @@ def explain(
     activation and the pool's winner. With --layer, --channel and --at, prints one number's to the
     terminal; exit code 1 if that does not lead to the network's own value.
     """
+    from ..web.page import make_page
+    from ..web.payload import About
+
     place = {"--layer": layer, "--channel": channel, "--at": at}
     missing = [name for name, value in place.items() if value is None]
     if missing and len(missing) < len(place):
@@ -144,7 +147,27 @@ def explain(
         row, col = numbers("--at", at, "Y,X", 2)
         _print(model, image, given, picture, (layer, channel, (row, col)), show_all, as_json)
         return
-    page = _page(model, image, given, picture, layers, budget, serve, not no_times)
+    words = [program(), "explain", shlex.quote(model), shlex.quote(image)]
+    words += [] if weights is None else ["--weights", shlex.quote(str(weights))]
+    words += [] if input is None else ["--input", input]
+    about = About(
+        model=model,
+        image=image,
+        notes=picture.notes,
+        command=" ".join([*words, "--serve"]),
+        classes=given.loaded.classes or None,
+        truth=picture.truth,
+    )
+    page = make_page(
+        given.loaded.model,
+        picture.x[None],
+        about,
+        layers=[part.strip() for part in layers.split(",")] if layers else (),
+        budget=round(MEGA * budget),
+        serve=serve,
+        timed=not no_times,
+        error=given.error,
+    )
     if serve:
         _serve(page, port, _on_desktop() and not no_open)
     else:
@@ -196,39 +219,6 @@ def _print(
             err=True,
         )
         raise typer.Exit(1)
-
-
-def _page(
-    model: str,
-    image: str,
-    given: Given,
-    picture: Picture,
-    layers: str | None,
-    budget: float,
-    serve: bool,
-    timed: bool,
-) -> Page:
-    from ..web.page import make_page
-    from ..web.payload import About
-
-    about = About(
-        model=model,
-        image=image,
-        notes=picture.notes,
-        command=f"{program()} explain {shlex.quote(model)} {shlex.quote(image)} --serve",
-        classes=given.loaded.classes or None,
-        truth=picture.truth,
-    )
-    return make_page(
-        given.loaded.model,
-        picture.x[None],
-        about,
-        layers=[part.strip() for part in layers.split(",")] if layers else (),
-        budget=round(MEGA * budget),
-        serve=serve,
-        timed=timed,
-        error=given.error,
-    )
 
 
 def _say(page: Page, path: Path) -> None:
