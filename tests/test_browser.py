@@ -311,6 +311,15 @@ def test_a_notebooks_frame_shows_the_page(browser: Browser, page, tmp_path: Path
     tab.close()
 
 
+def test_a_vector_of_many_values(browser: Browser, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    layers = (torch.nn.Conv2d(3, 48, 3, padding=1), torch.nn.Flatten())
+    made = neocog.explain(torch.nn.Sequential(*layers), torch.randn(3, 56, 56), timed=False)
+    with opened(browser, made.save(tmp_path / "long.html")) as tab:
+        go(tab, box=2, channel=150_000)
+        assert tab.locator(".check").get_attribute("data-matches") == "true"
+
+
 def test_a_step_that_neocog_does_not_know(browser: Browser, tmp_path: Path) -> None:
     torch.manual_seed(0)
     made = neocog.explain(Unknown().eval(), torch.randn(1, 8, 8))

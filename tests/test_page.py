@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from explained import CLASSES, Broken, Unknown, sampler
+from PIL import Image
 from typer.testing import CliRunner, Result
 
 import neocog
@@ -281,8 +282,11 @@ def test_the_command_says_what_is_picture_only(workplace: Path) -> None:
     [
         (["--layer", "1", "--channel", "0"], "--at is missing"),
         (["--at", "1,2"], "--layer is missing"),
-        (["--budget", "0"], "--budget 0: expected more than 0"),
+        (["--budget", "0"], "--budget 0: expected a number of megabytes above 0"),
+        (["--budget", "1e308"], "--budget 1e+308"),
         (["--layers", "nine"], "no layer 'nine'"),
+        (["--out", "."], "--out .: is a folder"),
+        (["--serve", "--json"], "--serve goes with neither"),
     ],
 )
 def test_wrong_arguments_are_one_line(workplace: Path, arguments: list[str], message: str) -> None:
@@ -290,6 +294,14 @@ def test_wrong_arguments_are_one_line(workplace: Path, arguments: list[str], mes
     assert result.exit_code == 2
     assert message in result.stderr and len(result.stderr.splitlines()) == 1
     assert list(workplace.iterdir()) == []
+
+
+def test_the_page_never_replaces_the_picture(workplace: Path) -> None:
+    Image.new("L", (28, 28)).save("digit.png")
+    before = Path("digit.png").read_bytes()
+    result = call("4C3-P2-10", "digit.png", "--out", "digit.png")
+    assert result.exit_code == 2 and "would overwrite digit.png" in result.stderr
+    assert Path("digit.png").read_bytes() == before
 
 
 def test_a_network_that_does_not_fit_is_shown_as_far_as_it_goes(workplace: Path) -> None:

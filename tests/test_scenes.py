@@ -286,3 +286,32 @@ def test_a_model_that_writes_to_its_input_leaves_the_callers_alone() -> None:
     x = torch.ones(1, 2, 3, 3)
     scene = record(Flow(lambda m, x: x.mul_(2)), x)
     assert bool((x == 1).all()) and bool((scene.boxes[0].output == 1).all())
+
+
+def test_a_block_whose_residual_is_its_input() -> None:
+    import neocog.nn as cog
+
+    block = cog.ConvBlock(2, 2, 3, padding=1)
+    scene = scene_of(lambda m, x: m.block(x, residual=x), block=block)
+    kinds = [type(box.op) for box in scene.boxes[1:]]
+    assert kinds == [net.Convolution, net.Arithmetic, net.Activation]
+    assert scene.boxes[2].inputs == (1, 0)
+
+
+def test_whatever_a_model_raises_is_said() -> None:
+    def flow(m, x):
+        raise KeyError("size")
+
+    scene = record(Flow(flow), torch.zeros(1, 1, 3, 3))
+    assert "KeyError: 'size'" in str(scene.error)
+
+
+def test_weights_of_a_parametrisation_are_no_boxes() -> None:
+    conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
+    scene = scene_of(lambda m, x: m.conv(x), conv=conv)
+    assert [box.inputs for box in scene.boxes] == [(), (0,)]
+
+
+def test_products_with_what_is_no_number_are_plain() -> None:
+    model = Flow(lambda m, x: m.conv(x) * float("nan"), conv=nn.Conv2d(2, 3, 1))
+    assert record(model, torch.zeros(1, 2, 3, 3)).boxes[-1].op is None

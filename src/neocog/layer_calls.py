@@ -104,7 +104,7 @@ def leaky_relu(
     name: Name, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Call:
     """torch.nn.functional.leaky_relu."""
-    if negative_slope < 0:
+    if not negative_slope >= 0:
         raise Unsupported("leaky_relu with a negative slope")
     return _activation("leaky_relu", input, float(negative_slope), inplace)
 
@@ -209,7 +209,7 @@ def _is_number(value: Any) -> bool:
 
 def _affine(kind: str, input: Tensor, scale: float, shift: float, in_place: bool) -> Call:
     _maps(kind, input)
-    if max(abs(scale), abs(shift)) > torch.finfo(torch.float32).max or shift != shift:
+    if not max(abs(scale), abs(shift)) <= torch.finfo(torch.float32).max or shift != shift:
         raise Unsupported(f"{kind} of a number beyond float32")
     op = net.BatchNorm(net.Constants(input.shape[1], float(scale), float(shift)))
     return Call(op, (input,), tuple(input.shape), kind, in_place)

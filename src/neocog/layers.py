@@ -162,8 +162,10 @@ def walk(
         except NeocogError as found:
             error = type(found)(f"{state.where}{found}")
             error.__cause__ = found
-        except (RuntimeError, ValueError, TypeError, IndexError) as found:
+        except Exception as found:  # what the model raises is the model's
             reason = str(found).strip().split("\n")[0]
+            if not isinstance(found, RuntimeError | ValueError | TypeError | IndexError):
+                reason = f"{type(found).__name__}: {reason}"
             error = InvalidModel(
                 f"{state.where}the model cannot take an input of {size_text(x.shape[1:])} "
                 f"(channels x height x width): {reason}"

@@ -276,15 +276,15 @@ class _Recorder(Follow):
         results = list(tensors_in(output))
         result, module, info = results[0], found.module, found.info
         sources = self._sources(self._inputs)
-        if not calls and any(result is t for t in self._inputs):
-            return  # an identity
+        if not sources or (not calls and any(result is t for t in self._inputs)):
+            return  # it has nothing to do with the picture, or is an identity
         if len(calls) == 1 and calls[0].unchanged and self.made(calls[0].inputs[0]) is not None:
             self._bind(result, self._sources(calls[0].inputs)[0])  # a dropout
             return
         if type(module).__module__ == neocog_nn.__name__:
             problems = windows_of(module, tuple(found.x.shape))
             zeros = getattr(module, "padding_mode", "zeros") == "zeros"
-            known = len(sources) == len(self._inputs)
+            known = all(self.made(t) is not None for t in self._inputs)
             if problems and zeros and known and problems[-1].out_shape == tuple(result.shape):
                 self._windows(found, problems, sources, result)
                 return

@@ -6,6 +6,7 @@ import math
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -115,7 +116,10 @@ def explain(
         bool, typer.Option("--serve", help="Serve the page with all its numbers until Ctrl-C.")
     ] = False,
     port: Annotated[
-        int, typer.Option("--port", metavar="N", help="To serve at.", show_default="a free one")
+        int,
+        typer.Option(
+            "--port", metavar="N", help="To serve at.", show_default="a free one", min=0, max=65535
+        ),
     ] = 0,
     no_open: Annotated[bool, typer.Option("--no-open", help="Open no browser.")] = False,
     no_times: Annotated[
@@ -139,8 +143,12 @@ def explain(
         raise InvalidProblem(
             f"{missing[0]} is missing: --layer, --channel and --at name one number together"
         )
-    if not 0 < budget < math.inf:
-        raise InvalidProblem(f"--budget {budget:g}: expected more than 0")
+    if not 0 < MEGA * budget < math.inf:
+        raise InvalidProblem(f"--budget {budget:g}: expected a number of megabytes above 0")
+    if serve and (as_json or len(missing) < len(place)):
+        raise InvalidProblem("--serve goes with neither --json nor --layer, --channel and --at")
+    path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
+    _check_out(path, [image, model, weights])
     given = open_model(model, weights, input)
     picture = read_picture_for(image, given)
     if layer is not None and channel is not None and at is not None:
@@ -162,7 +170,7 @@ def explain(
         given.loaded.model,
         picture.x[None],
         about,
-        layers=[part.strip() for part in layers.split(",")] if layers else (),
+        layers=[part.strip() for part in (layers or "").split(",") if part.strip()],
         budget=round(MEGA * budget),
         serve=serve,
         timed=not no_times,
@@ -171,7 +179,6 @@ def explain(
     if serve:
         _serve(page, port, _on_desktop() and not no_open)
     else:
-        path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
         page.save(path)
         if as_json:
             exact = [name for name, exact in page.layers() if exact]
@@ -219,6 +226,15 @@ def _print(
             err=True,
         )
         raise typer.Exit(1)
+
+
+def _check_out(path: Path, read: Sequence[Path | str | None]) -> None:
+    """InvalidProblem for a page that could not be written, or that would replace what is read."""
+    if path.is_dir():
+        raise InvalidProblem(f"--out {path}: is a folder, expected a file")
+    for other in read:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise InvalidProblem(f"--out {path}: would overwrite {other}, which is read")
 
 
 def _say(page: Page, path: Path) -> None:

@@ -54,7 +54,7 @@ class Page {
   /** Turns the values of a channel into -1..1, by its own largest or by that of all channels. */
   share(box, channel) {
     const own = this.state.scale === "own" && !layout(box).vector;
-    const largest = own ? box.largest[channel] : Math.max(...box.largest);
+    const largest = own ? box.largest[channel] : box.most;
     return (value) => value / (largest || 1);
   }
 
@@ -64,7 +64,7 @@ class Page {
     const shown = (index) => this.scene.shows(index);
     const first = blocks.length > 1 ? this.scene.result(blocks[1]).index : 0;
     const box = boxes[shown(state.box) ? state.box : shown(first) ? first : 0];
-    const inside = (v, n, otherwise) => (Number.isInteger(v) ? Math.min(Math.max(v, 0), n - 1) : otherwise);
+    const inside = (v, n, otherwise) => (Number.isInteger(v) ? Math.min(Math.max(v, 0), Math.max(n - 1, 0)) : otherwise);
     const [channels, height, width] = box.size;
     const korean = (navigator.language ?? "").startsWith("ko");
     return {
@@ -185,7 +185,7 @@ class Page {
 
   /** Says what went wrong, such as a server that has stopped. */
   failed(error) {
-    fill(this.parts.sum, h("h2", {}, this.t.sum), h("p", { class: "bad", role: "alert" }, `${this.t.unreachable} (${error.message})`));
+    fill(this.parts.sum, h("h2", {}, this.t.sum), h("p", { class: "bad", role: "alert" }, this.scene.serve ? `${this.t.unreachable} (${error.message})` : error.message));
   }
 
   refreshTools() {

@@ -77,8 +77,7 @@ export async function drawLarge(page) {
   const name = vector && scene.classes && state.box === scene.answer ? ` (${scene.classes[at]})` : "";
   const about = found.exact ? "" : "≈ "; // a picture has 8 bits a value
   const text = page.t.moved(state.channel + name, state.y, state.x, about + writer([value])(value));
-  const [own, largest] = [state.scale === "own" && !vector, vector ? Math.max(...box.largest) : box.largest[state.channel]];
-  const most = own ? largest : Math.max(...box.largest);
+  const most = state.scale === "own" && !vector ? box.largest[state.channel] : box.most;
   const ends = writer([most]);
   const part = (name) => canvas.parentElement.parentElement.querySelector(name);
   part(".least").textContent = ends(-most);

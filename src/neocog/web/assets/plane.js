@@ -19,7 +19,9 @@ export function bitmap(values, height, width, share, theme, upTo = Infinity) {
 /** The picture as it looks: grey, or the three channels as colours, from darkest to brightest. */
 export function photograph(values, [channels, height, width]) {
   let low = Infinity, high = -Infinity;
-  for (const value of values) { low = Math.min(low, value); high = Math.max(high, value); }
+  for (const value of values) {
+    if (Number.isFinite(value)) [low, high] = [Math.min(low, value), Math.max(high, value)];
+  }
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
   const context = canvas.getContext("2d");

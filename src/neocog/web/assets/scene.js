@@ -13,6 +13,7 @@ export class Scene {
       const number = (value) => ({ nan: NaN, inf: Infinity, "-inf": -Infinity })[value] ?? value;
       for (const name of ["bias", "scale", "shift"]) if (box[name]) box[name] = box[name].map(number);
       box.size = sizeOf(box.shape);
+      box.most = (box.largest ?? []).reduce((a, b) => Math.max(a, b), 0);
     });
     this.blocks.forEach((block, number) => {
       block.number = number;

@@ -86,7 +86,7 @@ function column(page, values, box, context) {
   const side = Math.ceil(Math.sqrt(values.length));
   const padded = new Float32Array(side * side);
   padded.set(values);
-  const largest = Math.max(...box.largest) || 1;
+  const largest = box.most || 1;
   const picture = bitmap(padded, side, side, (v) => v / largest, page.theme, values.length);
   context.imageSmoothingEnabled = false;
   context.drawImage(picture, 0, 0, EDGE, EDGE);

@@ -182,7 +182,7 @@ function terms(page, cells) {
   const [input, weight, product] = ["input", "weight", "product"].map((name) => writer(cells.map((cell) => cell[name])));
   return h("div", { class: "list" }, h("p", { class: "note" }, page.t.list(order.length)),
     h("table", {}, h("tbody", {}, order.map((cell) => h("tr", {},
-      h("th", { scope: "row" }, cell.link ?? cell.where),
+      h("th", { scope: "row" }, cell.link?.() ?? cell.where),
       h("td", {}, input(cell.input)), h("td", {}, "×"), h("td", {}, weight(cell.weight)),
       h("td", {}, "="), h("td", {}, product(cell.product)))))));
 }
@@ -192,7 +192,7 @@ function weighted(page, step) {
   const { t, scene } = page;
   const index = scene.boxes[step.box].inputs[0];
   const cells = step.channels.map(({ cells: [cell], index: channel }) => ({
-    ...cell, link: inputLink(page, index, channel, t.inputNumber(channel)),
+    ...cell, link: () => inputLink(page, index, channel, t.inputNumber(channel)),
   }));
   return h("div", { class: "step" }, h("h3", {}, t.linear), terms(page, cells));
 }

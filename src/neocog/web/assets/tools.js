@@ -86,7 +86,7 @@ export function tryTools(page) {
   const field = (name, least, most) => h("label", {}, t[name === "size" ? "kernelSize" : name],
     h("input", { type: "number", min: least, max: most, value: settings[name], "data-key": `try-${name}`, inputmode: "numeric",
       oninput: (event) => {
-        const value = Number(event.target.value);
+        const value = event.target.value === "" ? NaN : Number(event.target.value);
         if (Number.isInteger(value) && value >= least && value <= most) { settings[name] = value; run(); }
       } }));
   const out = h("div", { class: "trial" });
