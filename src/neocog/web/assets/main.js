@@ -1,7 +1,6 @@
 // The page: what is looked at (state), and the panels that show it.
 
 import * as address from "neocog/address";
-import { writer } from "neocog/colours";
 import { fill, h } from "neocog/elements";
 import { facts } from "neocog/facts";
 import { field } from "neocog/field";
@@ -245,5 +244,5 @@ export function start() {
   const scene = new Scene(JSON.parse(document.querySelector("#scene").textContent));
   const page = new Page(scene);
   page.draw();
-  window.neocog = { page, trace: (...at) => trace(scene, ...at), writer };
+  window.neocog = { page, trace: (...at) => trace(scene, ...at) };
 }

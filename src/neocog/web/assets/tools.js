@@ -69,7 +69,7 @@ export function playTools(page) {
 // ------------------------------------------------------------------------------------ try
 
 /** The step that can be tried: the one chosen if it has a window, else the head of its block. */
-export function trialBox(page) {
+function trialBox(page) {
   const { scene, state } = page;
   const block = scene.blocks[scene.boxes[state.box].block];
   const windows = [state.box, ...block.boxes].map((index) => scene.boxes[index]);
@@ -145,7 +145,7 @@ async function compute(page, box, settings, out) {
 }
 
 /** The kernel in another size: cut, or with zeros around it. */
-export function resized(kernel, [channels, kh, kw], [rows, cols]) {
+function resized(kernel, [channels, kh, kw], [rows, cols]) {
   const found = new Float64Array(channels * rows * cols);
   const [top, left] = [Math.floor((rows - kh) / 2), Math.floor((cols - kw) / 2)];
   for (let c = 0; c < channels; c++) {
@@ -160,7 +160,7 @@ export function resized(kernel, [channels, kh, kw], [rows, cols]) {
 }
 
 /** One channel of a convolution under other windows, without what follows it. */
-export function convolved(box, input, size, kernel, channel, rows, cols) {
+function convolved(box, input, size, kernel, channel, rows, cols) {
   const [perGroup, ...window] = box.kernel.shape.slice(1);
   const weights = resized(kernel, [perGroup, ...window], [rows.size, cols.size]);
   const first = Math.floor(channel / (box.kernel.shape[0] / box.groups)) * perGroup;
@@ -177,7 +177,7 @@ export function convolved(box, input, size, kernel, channel, rows, cols) {
 }
 
 /** One channel of a pool under other windows. */
-export function poolOf(box, input, size, channel, rows, cols) {
+function poolOf(box, input, size, channel, rows, cols) {
   return over(size, rows, cols, (ys, xs, counted) => {
     let best = -Infinity, sum = 0;
     for (const row of ys) {

@@ -47,7 +47,7 @@ async function allowed(scene, last) {
   return Math.max(1e-5 * largest, 2 ** -22 * terms);
 }
 
-export function valueAt(map, size, channel, y, x) {
+function valueAt(map, size, channel, y, x) {
   return map.values[(channel * size[1] + y) * size[2] + x];
 }
 
@@ -259,7 +259,7 @@ function normalBelow(x) {
   return x < 0 ? half : 1 - half;
 }
 
-export const ACTIVATIONS = {
+const ACTIVATIONS = {
   identity: (x) => x,
   relu: (x) => (Number.isNaN(x) ? x : Math.max(x, 0)),
   leaky_relu: (x, slope) => (x > 0 ? x : x * slope),
