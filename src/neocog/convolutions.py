@@ -43,7 +43,7 @@ ITEMS = 16
 """Work items a step is cut into at least, if it can be: enough for the threads to share."""
 
 PARTS = 2
-"""Parts of its pixels that a layer of several blocks is done in, one after the other."""
+"""Parts of its pixels that a layer is done in, one after the other: two threads get one each."""
 
 
 @dataclass(frozen=True)

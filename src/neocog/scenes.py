@@ -349,12 +349,12 @@ def _steps(
             assert found.residual is not None
             value = value + found.residual
         else:
-            value = activated(act, value)
+            value = _activated(act, value)
         values.append(value)
     return list(zip(ops, [*values, None], strict=True))
 
 
-def activated(act: Act, x: Tensor) -> Tensor:
+def _activated(act: Act, x: Tensor) -> Tensor:
     """The activation of every value, in double precision and rounded once."""
     row = ACTIVATIONS[act.name]
     with np.errstate(all="ignore"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidData, InvalidProblem, NeocogError
+from .shared import program
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from torch import Tensor, nn
@@ -155,6 +157,16 @@ def read_picture_for(image: str, given: Given) -> Picture:
             f"{image} is a digit of {size_text(shape)}, the network takes {size_text(in_shape)}"
         )
     return Picture(_applied(how, test.images[index]), truth=int(test.labels[index]))
+
+
+def serve_command(
+    model: str, image: str, weights: Path | None = None, size: str | None = None
+) -> str:
+    """What to type for the page of a picture with all its numbers."""
+    words = [program(), "explain", shlex.quote(model), shlex.quote(image)]
+    words += [] if weights is None else ["--weights", shlex.quote(str(weights))]
+    words += [] if size is None else ["--input", size]
+    return " ".join([*words, "--serve"])
 
 
 def _applied(how: Preprocessing, pixels: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,9 +20,10 @@ from .given import (
     numbers,
     open_model,
     read_picture_for,
+    serve_command,
 )
 from .reading import WeightsOption
-from .shared import JsonOption, print_json, program
+from .shared import JsonOption, print_json
 
 if TYPE_CHECKING:
     from ..web.page import Page
@@ -134,9 +134,6 @@ def explain(
     activation and the pool's winner. With --layer, --channel and --at, prints one number's to the
     terminal; exit code 1 if that does not lead to the network's own value.
     """
-    from ..web.page import make_page
-    from ..web.payload import About
-
     place = {"--layer": layer, "--channel": channel, "--at": at}
     missing = [name for name, value in place.items() if value is None]
     if missing and len(missing) < len(place):
@@ -155,14 +152,14 @@ def explain(
         row, col = numbers("--at", at, "Y,X", 2)
         _print(model, image, given, picture, (layer, channel, (row, col)), show_all, as_json)
         return
-    words = [program(), "explain", shlex.quote(model), shlex.quote(image)]
-    words += [] if weights is None else ["--weights", shlex.quote(str(weights))]
-    words += [] if input is None else ["--input", input]
+    from ..web.page import make_page
+    from ..web.payload import About
+
     about = About(
         model=model,
         image=image,
         notes=picture.notes,
-        command=" ".join([*words, "--serve"]),
+        command=serve_command(model, image, weights, input),
         classes=given.loaded.classes or None,
         truth=picture.truth,
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,7 @@ from ..checkpoint import load_model
 from ..runs import Run
 from ..web.page import make_page
 from ..web.payload import About
-from .given import Given, read_picture_for
-from .shared import program
+from .given import Given, read_picture_for, serve_command
 
 
 def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
@@ -29,12 +27,11 @@ def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
             written.append(path)
             continue
         picture = read_picture_for(str(image), Given(loaded, loaded.in_shape))
-        model = shlex.quote(str(run.folder))
         about = About(
             model=str(run.folder),
             image=name,
             notes=picture.notes,
-            command=f"{program()} explain {model} {shlex.quote(str(image))} --serve",
+            command=serve_command(str(run.folder), str(image)),
             classes=loaded.classes,
             truth=metrics["example_classes"][kind],
         )

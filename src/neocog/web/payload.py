@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .. import network as net
+from ..activations import ACTIVATIONS
 from ..errors import InvalidProblem
 from ..geometry import Window
 from ..layer_times import LayerTime
@@ -73,14 +74,12 @@ def payload(
     """
     blocks = scene.blocks()
     exact = set() if serve else _exact(scene, blocks, layers, budget)
-    wanted = {0} | {i for b in exact for box in blocks[b] for i in (box, *scene.boxes[box].inputs)}
+    own = {i for number in exact for i in blocks[number]}
+    wanted = {0} | {i for box in own for i in (box, *scene.boxes[box].inputs)}
     named = Counter(t.weight for t in times)
     timed = {t.weight: t for t in times if t.weight and named[t.weight] == 1}
     shown = wanted | {block[-1] for block in blocks}
-    boxes = [
-        _box(scene, i, i in shown, i in wanted, _block_of(i, blocks) in exact)
-        for i in range(len(scene.boxes))
-    ]
+    boxes = [_box(scene, i, i in shown, i in wanted, i in own) for i in range(len(scene.boxes))]
     for index in _again(scene):
         boxes[index] |= {"weights": 0, "biases": 0}
     probabilities = _probabilities(scene)
@@ -107,10 +106,6 @@ def _again(scene: Scene) -> list[int]:
     """The boxes whose weights were counted before: those of a layer that is used twice."""
     names = [getattr(box.op, "weight", None) for box in scene.boxes]
     return [i for i, name in enumerate(names) if name is not None and name in names[:i]]
-
-
-def _block_of(box: int, blocks: Sequence[Sequence[int]]) -> int:
-    return next(number for number, block in enumerate(blocks) if box in block)
 
 
 def _exact(
@@ -158,6 +153,7 @@ def _weights(scene: Scene, index: int) -> list[Tensor]:
 def _box(scene: Scene, index: int, shown: bool, exact: bool, with_weights: bool) -> dict[str, Any]:
     box = scene.boxes[index]
     values = map_of(box)
+    largest = None if values is None else _largest(values)
     return {
         "name": box.name,
         "layer": None if box.layer is None else box.layer.index,
@@ -168,8 +164,8 @@ def _box(scene: Scene, index: int, shown: bool, exact: bool, with_weights: bool)
         "sight": asdict(box.sight) if isinstance(box.sight, Field) else box.sight.value,
         **_operation(scene, box, with_weights),
         "isMap": values is not None,
-        "map": _map(values, exact) if values is not None and shown else None,
-        "largest": None if values is None else _largest(values),
+        "map": _map(values, largest, exact) if values is not None and largest and shown else None,
+        "largest": largest,
         "dead": [] if values is None or index == 0 else _dead(values),
     }
 
@@ -184,11 +180,10 @@ def map_of(box: Box) -> NDArray[np.float32] | None:
     return np.ascontiguousarray(found[0].detach().float().cpu().numpy())
 
 
-def _map(values: NDArray[np.float32], exact: bool) -> dict[str, Any]:
+def _map(values: NDArray[np.float32], largest: list[float], exact: bool) -> dict[str, Any]:
     if exact:
         return {"type": "float32", **_compressed(values)}
-    largest = np.array(_largest(values))
-    scale = np.where(largest > 0, largest, 1)[:, None, None]
+    scale = np.array([v or 1.0 for v in largest])[:, None, None]
     steps = np.rint(127 * np.nan_to_num(values, posinf=0, neginf=0) / scale)
     return {"type": "int8", **_compressed(np.clip(steps, -127, 127).astype(np.int8))}
 
@@ -246,7 +241,8 @@ def _operation(scene: Scene, box: Box, with_weights: bool) -> dict[str, Any]:
             scale, shift = _affine(norm, given, box.output.shape[1])
             return {"kind": "norm", "scale": scale, "shift": shift}
         case net.Activation(act):
-            return {"kind": "act", "act": act.name, "slope": act.slope}
+            formula = ACTIVATIONS[act.name].formula
+            return {"kind": "act", "act": act.name, "slope": act.slope, "formula": formula}
         case net.Padding():
             return {"kind": "pad", **asdict(box.op)}
         case net.Arithmetic(kind):

@@ -18,6 +18,6 @@ export function fill(element, ...children) {
   const key = element.contains(document.activeElement) ? document.activeElement.dataset.key ?? "" : null;
   element.replaceChildren(...children.flat(Infinity).filter(Boolean));
   if (key === null) return;
-  const again = element.querySelector(`[data-key="${CSS.escape(key ?? "")}"]`);
+  const again = element.querySelector(`[data-key="${CSS.escape(key)}"]`);
   (again ?? document.querySelector("canvas.large"))?.focus({ preventScroll: true });
 }

@@ -65,11 +65,16 @@ function link(page, { index, channel, y, x }) {
 
 // ------------------------------------------------------------------------------- convolution
 
+/** The few input channels that add most, those first; all in order if there are no more. */
+function heaviest(channels) {
+  if (channels.length <= FEW) return channels;
+  const size = ({ sum }) => (Number.isNaN(sum) ? Infinity : Math.abs(sum));
+  return [...channels].sort((a, b) => size(b) - size(a)).slice(0, FEW);
+}
+
 function convolution(page, step) {
   const { t, state, scene } = page;
-  const size = (sum) => (Number.isNaN(sum) ? Infinity : Math.abs(sum));
-  const ranked = [...step.channels].sort((a, b) => size(b.sum) - size(a.sum));
-  const shown = state.all || ranked.length <= FEW ? step.channels : ranked.slice(0, FEW);
+  const shown = state.all ? step.channels : heaviest(step.channels);
   const hidden = step.channels.length - shown.length;
   const wide = Math.max(step.rows.length, step.cols.length) > WIDEST;
   const padded = step.channels[0].cells.some((cell) => !cell.on);
@@ -109,9 +114,7 @@ function allInputs(page, step, source) {
     onclick: (event) => {
       const scale = canvas.clientWidth / across;
       const at = Math.floor(event.offsetY / scale) * across + Math.floor(event.offsetX / scale);
-      if (channels[at] === undefined) return;
-      const inside = (axis, n) => Math.min(Math.max(axis[0].i, 0), n - 1);
-      page.go({ box: source.index, channel: channels[at], y: inside(step.rows, height), x: inside(step.cols, width), held: true });
+      if (channels[at] !== undefined) goToWindow(page, step, source, channels[at]);
     },
   });
   const context = canvas.getContext("2d");
@@ -119,7 +122,7 @@ function allInputs(page, step, source) {
   const cell = SMALL / Math.max(height, width);
   const [y0, x0] = [step.rows[0].i, step.cols[0].i];
   const [y1, x1] = [step.rows.at(-1).i + 1, step.cols.at(-1).i + 1];
-  page.scene.picture(source.index).then((embedded) => embedded ?? page.scene.map(source.index)).then(({ values }) => {
+  page.scene.picture(source.index).then(({ values }) => {
     context.imageSmoothingEnabled = cell < 1;
     channels.forEach((channel, i) => {
       const [left, top] = [(i % across) * edge + 2, Math.floor(i / across) * edge + 2];
@@ -224,15 +227,21 @@ function inputMap(page, step, source, channel, winner = null) {
   }
   if (winner) marks.push({ kind: "winner", ...winner });
   const canvas = h("canvas", { class: "input-map", role: "img", "aria-label": `${source.name}, ${page.t.inputChannel(channel)}` });
-  scene.picture(source.index).then((embedded) => embedded ?? scene.map(source.index)).then((found) => {
-    draw(canvas, page.bitmapOf(source, channel, found.values), { height, width, pad, marks, cell, palette: page.palette });
+  scene.picture(source.index).then(({ values }) => {
+    draw(canvas, page.bitmapOf(source, channel, values), { height, width, pad, marks, cell, palette: page.palette });
   }).catch((error) => page.failed(error));
-  const figure = h("button", {
+  return h("button", {
     type: "button", class: "figure", "data-key": `map-${source.index}-${channel}`,
     title: page.t.goThere,
-    onclick: () => page.go({ box: source.index, channel, y: Math.min(Math.max(step.rows[0].i, 0), height - 1), x: Math.min(Math.max(step.cols[0].i, 0), width - 1), held: true }),
+    onclick: () => goToWindow(page, step, source, channel),
   }, canvas);
-  return figure;
+}
+
+/** Looks at the first place of a step's window on the map it reads. */
+function goToWindow(page, step, source, channel) {
+  const inside = (axis, n) => Math.min(Math.max(axis[0].i, 0), n - 1);
+  const [, height, width] = source.size;
+  page.go({ box: source.index, channel, y: inside(step.rows, height), x: inside(step.cols, width), held: true });
 }
 
 // -------------------------------------------------------------------------------------- pool
@@ -261,8 +270,7 @@ function ledger(page, steps) {
   for (const step of steps) {
     const box = scene.boxes[step.box];
     if (step.kind === "conv" || step.kind === "linear") {
-      const size = (channel) => Math.abs(channel.sum);
-      const few = step.channels.length <= FEW ? step.channels : [...step.channels].sort((a, b) => size(b) - size(a)).slice(0, FEW);
+      const few = heaviest(step.channels);
       few.forEach((channel, i) => add(i ? "+" : "", step.kind === "conv" ? t.inputChannel(channel.index) : t.inputNumber(channel.index), channel.sum, "channel"));
       const rest = step.channels.length - few.length;
       if (rest) add("+", t.hidden(rest), step.total - few.reduce((sum, channel) => sum + channel.sum, 0), "rest");
@@ -281,7 +289,7 @@ function ledger(page, steps) {
       add("=", title(box, t), step.value, "norm", true);
     } else if (step.kind === "act") {
       if (steps[0] === step) add("", label(scene.boxes[step.from.index], t), step.main, "main");
-      add("=", `${box.act}${FORMULAS[box.act] ? `: ${FORMULAS[box.act]}` : ""}`, step.value, "act", true);
+      add("=", `${box.act}: ${box.formula}`, step.value, "act", true);
     } else {
       add("=", title(box, t), step.value, step.kind, true);
     }
@@ -290,12 +298,6 @@ function ledger(page, steps) {
   return h("table", { class: "ledger" }, h("tbody", {}, rows.map((row) => h("tr", { class: row.strong ? "result" : null, "data-row": row.name },
     h("td", { class: "sign" }, row.sign), h("th", { scope: "row" }, row.words), h("td", { class: "number", "data-value": row.value }, write(row.value))))));
 }
-
-const FORMULAS = {
-  relu: "max(x, 0)", relu6: "min(max(x, 0), 6)", leaky_relu: "x > 0 ? x : slope·x", sigmoid: "1/(1 + e⁻ˣ)",
-  tanh: "tanh x", silu: "x·sigmoid(x)", hardsigmoid: "min(max(x + 3, 0), 6)/6", hardswish: "x·min(max(x + 3, 0), 6)/6",
-  gelu: "x·(1 + erf(x/√2))/2", gelu_tanh: "x·(1 + tanh(√(2/π)(x + 0.044715x³)))/2",
-};
 
 function check(page, step) {
   const { t, scene } = page;
