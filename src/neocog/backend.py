@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import argument, capture
+from .capture import Calls, Captured, argument, capture
 from .errors import Unsupported
 from .freezing import Frozen
+from .layer_calls import CALLS
+from .learning import LearningPlan
 from .parameters import Live
 from .reports import Report, report_of
 from .running import Plan, Plans, layout_of
 from .target import host
+from .training_calls import TRAINING_CALLS
 
 log = logging.getLogger("neocog")
 
@@ -59,12 +62,16 @@ class LiveGraph:
         self.parameters = Live({}, host())
         self.tensors: list[weakref.ref[Tensor]] = []
         self.report = Report(whole="it has not been called yet")
-        self._plans = Plans()
+        self._plans: Plans[Plan] = Plans()
+        self._learning: Plans[LearningPlan] = Plans()
         _graphs.add(self)
 
     def __call__(self, *args: Any) -> Any:
         """The graph's result, a tuple of tensors."""
         # One call at a time: another may come with other weights.
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return self._learn(args, tensors)
         with self.parameters.lock:
             plan = self._plan_for(args)
             if plan is not None:
@@ -73,26 +80,35 @@ class LiveGraph:
         return self.gm(*args)
 
     def _plan_for(self, args: Sequence[Any]) -> Plan | None:
+        key = self._key(args)
+        return self._plans.find(key, lambda: self._make(args, key[0]))
+
+    def _key(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        """The layout, and all that plans depend on."""
         tensors = [a for a in args if isinstance(a, Tensor)]
-        graded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-        if graded:
-            self.tensors = [weakref.ref(t) for t in tensors]
-            self._hand_back("gradients are needed; call it under torch.no_grad()")
-            return None
         layout = layout_of([t for t in tensors if not isinstance(t, nn.Parameter)])
-        key = (layout, *(_kind(a) for a in args))
-        return self._plans.find(key, lambda: self._make(args, layout))
+        return (layout, *(_kind(a) for a in args))
+
+    def _learn(self, args: Sequence[Any], tensors: Sequence[Tensor]) -> Any:
+        """A call with gradients to come."""
+        key = self._key(args)
+        with self.parameters.lock:
+            plan = self._learning.find(key, lambda: self._make_learning(args, key[0]))
+        return self.gm(*args) if plan is None else plan.run(args)
+
+    def _make_learning(self, args: Sequence[Any], layout: str) -> LearningPlan | None:
+        captured = self._captured(args, TRAINING_CALLS)
+        if captured is None:
+            return None
+        tensors = {**captured.parameters, **_named(args)}
+        plan = LearningPlan.of(captured, layout, host(), self.options["exact"], tensors)
+        self.report = report_of(plan)
+        log.info("%s", self.report)
+        return plan
 
     def _make(self, args: Sequence[Any], layout: str) -> Plan | None:
-        self.tensors = [weakref.ref(a) for a in args if isinstance(a, Tensor)]
-        device = next((a.device for a in args if _elsewhere(a)), None)
-        if device is not None:
-            self._hand_back(f"a tensor on {device}; kernels run on the CPU")
-            return None
-        try:
-            captured = capture(self.gm, args)
-        except Unsupported as error:
-            self._hand_back(str(error))
+        captured = self._captured(args, CALLS)
+        if captured is None:
             return None
         tensors = {**captured.parameters, **_named(args)}
         self.parameters.refresh(tensors)
@@ -103,6 +119,19 @@ class LiveGraph:
         self.report = report_of(plan)
         log.info("%s", self.report)
         return plan
+
+    def _captured(self, args: Sequence[Any], calls: Calls) -> Captured | None:
+        """The graph as a network; None, with the reason reported, if PyTorch has to run it."""
+        self.tensors = [weakref.ref(a) for a in args if isinstance(a, Tensor)]
+        device = next((a.device for a in args if _elsewhere(a)), None)
+        if device is not None:
+            self._hand_back(f"a tensor on {device}; kernels run on the CPU")
+            return None
+        try:
+            return capture(self.gm, args, calls=calls)
+        except Unsupported as error:
+            self._hand_back(str(error))
+            return None
 
     def _hand_back(self, reason: str) -> None:
         if self.options["strict"]:

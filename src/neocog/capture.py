@@ -26,6 +26,10 @@ from .layer_calls import CALLS, Call
 from .network import Foreign, Input, Network, Node
 
 
+Calls = Mapping[Any, Callable[..., Call | Tensor]]
+"""PyTorch's functions that have kernels, each with what makes an operation of it."""
+
+
 @dataclass
 class Captured:
     """A network and how its outputs make up what the model returned."""
@@ -45,15 +49,18 @@ class Captured:
 
 
 def capture(
-    model: Callable[..., Any], args: Sequence[Any], names: Mapping[int, str] | None = None
+    model: Callable[..., Any],
+    args: Sequence[Any],
+    names: Mapping[int, str] | None = None,
+    calls: Calls = CALLS,
 ) -> Captured:
     """The network of ``model(*args)``.
 
     ``names``: id -> name of tensors the model may read besides its arguments; others it reads are
-    named by number. Unsupported if the model looks at the values of a tensor or writes to memory
+    named by number. ``calls``: what has kernels. Unsupported if the model looks at the values of a tensor or writes to memory
     that several tensors share.
     """
-    recorder = _Recorder(names or {})
+    recorder = _Recorder(names or {}, calls)
     # Inference tensors count no versions, which say whether a call has written to them.
     with torch.inference_mode(False), torch.no_grad():
         metas = [
@@ -78,8 +85,9 @@ def argument(index: int) -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, names: Mapping[int, str]):
+    def __init__(self, names: Mapping[int, str], calls: Calls):
         super().__init__()
+        self._calls = calls
         self.network = Network()
         self.parameters: dict[str, Tensor] = {}
         self._names = names
@@ -133,7 +141,7 @@ class _Recorder(TorchFunctionMode):
         if torch.is_autocast_enabled("cpu"):
             raise Unsupported("autocast: the kernels compute float32")
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
-        call = CALLS.get(func)
+        call = self._calls.get(func)
         reason = f"{name}: no kernel"
         if call is not None:
             try:

@@ -53,7 +53,7 @@ def algorithm(
 ) -> str:
     """The algorithm for ``conv`` that is estimated to be the fastest."""
     found = candidates(conv, epilogue, averaged)
-    return min(found, key=lambda name: _cost(target, conv, name)) if len(found) > 1 else found[0]
+    return min(found, key=lambda name: cost(target, conv, name)) if len(found) > 1 else found[0]
 
 
 def exact(conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0) -> str:
@@ -61,7 +61,8 @@ def exact(conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0) -> str
     return SHORT_SUMS if convolutions.shortens(conv, epilogue) else DIRECT
 
 
-def _cost(target: Target, conv: Conv, name: str) -> float:
+def cost(target: Target, conv: Conv, name: str) -> float:
+    """The time of an algorithm on one thread, in multiply-adds at the processor's peak."""
     if name == DIRECT:
         return _direct_cost(target, conv)
     return winograd_steps.cost(target, conv, WINOGRAD[name])

@@ -147,8 +147,13 @@ def _undo_epilogue(p, target: Target, block: Block, act: Act, layouts, halo: Hal
     grad = read(p, target, p.buffer("grad"), layouts[0], block.out_shape)
     g, corner = scratch_map(p, block.conv_shape, halo)
     clear_halo(p, target, g, corner, block.conv_shape, halo)
-    pooling = pooled.step if pooled else None
-    unpool(p, target, pooling, act, block.conv_shape, block.out_shape, grad, g, layouts[1])
+    pooling, result = (pooled.step if pooled else None), None
+    if act.name != "identity":
+        selects = pooled is not None and pooled.kind == "max"
+        shape = block.out_shape if selects else block.conv_shape
+        result = read(p, target, p.buffer("result"), layouts[1], shape)
+    shapes = (block.conv_shape, block.out_shape)
+    unpool(p, target, pooling, act, *shapes, grad, g, result, p.buffer("winners"))
     return g
 
 
@@ -177,6 +182,7 @@ def pool_backward_program(
     grad = read(p, target, p.buffer("grad"), grad_layout, problem.out_shape)
     out = written(p, p.buffer("gx"), gx_layout, problem.in_shape)
     act = Act("identity")
-    unpool(p, target, problem.step, act, problem.in_shape, problem.out_shape, grad, out)
+    shapes = (problem.in_shape, problem.out_shape)
+    unpool(p, target, problem.step, act, *shapes, grad, out, None, p.buffer("winners"))
     deliver(p, target, out, p.buffer("gx"), gx_layout, problem.in_shape)
     return p

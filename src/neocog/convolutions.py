@@ -17,7 +17,7 @@ from .cpu.tiling import all_sizes, best_blocks, cover, even_sizes, most_pixels
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
-from .problem import Block, Conv, Pool, Step
+from .problem import Add, Block, Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
 
@@ -287,6 +287,8 @@ def convolve_packed(
     planes = [c * plane for c in range(channels // plan.channels)]
     taps, done = sum(len(phase.pairs) for phase in phases) * len(planes), 0
     for phase, loop in zip(phases, loops, strict=True):
+        if not phase.pairs and extra.get("residual") == out.place and epilogue == (Add(),):
+            continue  # nothing is added to what stands there
         offsets = [y * x.row + ox * x.pixel + c for _, (y, ox) in phase.pairs for c in planes]
         fields = {
             "x": x.place, "x_group": channels * (plane or 1),
@@ -295,6 +297,9 @@ def convolve_packed(
             "out": out.place + (phase.rows.start * out.row + phase.cols.start * out.pixel),
             **extra, **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
         }  # fmt: skip
+        if "residual" in extra:
+            at = phase.rows.start * maps[1].row + phase.cols.start * maps[1].pixel
+            fields["residual"] = maps[1].place + at
         if pooled is not None:
             fields |= {"cols": loop.cols}
             fields |= winners.fields("winners") if winners is not None else {}

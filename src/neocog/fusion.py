@@ -35,28 +35,36 @@ LARGEST_FUSED_WINDOW = 3
 
 PoolChoice = Callable[[Block, Pool], bool]
 
+Merge = Callable[[Node, Node, tuple[Node, ...]], Op | None]
+"""(producer, node that reads it, the node's other inputs) -> the operation of both, if there is one."""
+
 
 def fuse(network: Network, fuses_pool: PoolChoice) -> Network:
     """The same function in fewer nodes. ``fuses_pool`` may refuse to fuse a pool into a block."""
+    fused = merged(network, lambda *nodes: _merge(*nodes, fuses_pool))
+    _count_averaged(fused)
+    return fused
+
+
+def merged(network: Network, merge: Merge) -> Network:
+    """The same function, nodes merged into their producers wherever ``merge`` can."""
     uses = network.uses()
     made: dict[Node, Node] = {}
     nodes: list[Node] = []
     for node in network.nodes:
         inputs = tuple(made[source] for source in node.inputs)
-        op, merged = _alone(node.op), None
+        op, both = alone(node.op), None
         for k in reversed(range(len(inputs))):  # the later input is usually the longer branch
             if len(uses[node.inputs[k]]) != 1:
                 continue
-            merged = _merge(inputs[k], node, inputs[:k] + inputs[k + 1 :], fuses_pool)
-            if merged is not None:
+            both = merge(inputs[k], node, inputs[:k] + inputs[k + 1 :])
+            if both is not None:
                 nodes.remove(inputs[k])
-                op, inputs = merged, (*inputs[k].inputs, *inputs[:k], *inputs[k + 1 :])
+                op, inputs = both, (*inputs[k].inputs, *inputs[:k], *inputs[k + 1 :])
                 break
-        made[node] = Node(op, inputs, node.shape, node.name if merged is None else _name(op))
+        made[node] = Node(op, inputs, node.shape, node.name if both is None else _name(op))
         nodes.append(made[node])
-    fused = Network(nodes, [made[node] for node in network.outputs])
-    _count_averaged(fused)
-    return fused
+    return Network(nodes, [made[node] for node in network.outputs])
 
 
 def _count_averaged(network: Network) -> None:
@@ -86,7 +94,8 @@ def _name(op: Op) -> str:
     return type(op).__name__.lower()
 
 
-def _alone(op: Op) -> Op:
+def alone(op: Op) -> Op:
+    """The fused form of an operation by itself."""
     match op:
         case Convolution(conv, weight, bias):
             return Layer(Block(conv, (Bias(),) if bias else ()), weight, bias)
@@ -103,7 +112,7 @@ def _merge(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> 
     """The producer's operation with that of ``node`` behind it, if there is a kernel for it."""
     match producer.op, node.op:
         case Padding() as padding, Convolution(conv, weight, bias):
-            return _alone(Convolution(_padded(conv, padding), weight, bias))
+            return alone(Convolution(_padded(conv, padding), weight, bias))
         case Layer(block=Block(pool=None)), _:
             return _merge_layer(producer, node, others, fuses_pool)
         case Linear(act=None), Activation(act):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .cpu import (
+    batch_norm,
     checksum,
     depthwise,
     direct,
@@ -21,6 +22,10 @@ from .cpu.runtime import Kernel, cached
 KERNELS_KEPT = 512
 
 EMITTERS: dict[type, Callable[[Any], Kernel]] = {
+    batch_norm.MomentsPlan: batch_norm.emit_lines,
+    batch_norm.StatisticsPlan: batch_norm.emit_statistics,
+    batch_norm.NormGradientPlan: batch_norm.emit_lines,
+    batch_norm.CoefficientsPlan: batch_norm.emit_coefficients,
     checksum.ChecksumPlan: checksum.emit,
     direct.DirectPlan: direct.emit,
     elementwise.ElementwisePlan: elementwise.emit,

@@ -44,6 +44,21 @@ class Norm:
 
 
 @dataclass(frozen=True)
+class BatchStatistics:
+    """The tensors of a batch norm while training: it takes the statistics of its batch.
+
+    Running ones, if there are any, become ``(1 - momentum) * running + momentum * the batch's``.
+    """
+
+    mean: str | None
+    var: str | None
+    weight: str | None
+    bias: str | None
+    eps: float
+    momentum: float
+
+
+@dataclass(frozen=True)
 class Constants:
     """The affine step ``scale * x + shift`` of a model's own numbers, alike for all channels."""
 
@@ -65,7 +80,7 @@ class Convolution:
 class BatchNorm:
     """``scale[c] * x + shift[c]``."""
 
-    norm: Norm | Constants
+    norm: Norm | Constants | BatchStatistics
 
 
 @dataclass(frozen=True)
@@ -134,11 +149,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Pointwise:
-    """A fused pointwise pass: copy, add or mul of the inputs, then the steps (affine, act)."""
+    """A fused pointwise pass: copy, add or mul of the inputs, then the steps (affine, act).
+
+    Where the steps add a residual, that is the last input.
+    """
 
     kind: str
     steps: tuple[Step, ...]
-    norm: Norm | Constants | None = None
+    norm: Norm | Constants | BatchStatistics | None = None
 
 
 @dataclass(frozen=True, eq=False)

@@ -35,21 +35,28 @@ def stages(network: Network, target: Target, layout: str, choose: choices.Choice
 
     ``choose`` picks the algorithm of each layer.
     """
+    uses = network.uses()
+
+    def built(nodes: list[Node]) -> Native:
+        cut = seam(nodes, target, choose)
+        return Builder(nodes, uses, target, layout, choose, cut).build()
+
+    return [built(nodes) if native else Eager(nodes) for native, nodes in deal(network)]
+
+
+def deal(network: Network) -> list[tuple[bool, list[Node]]]:
+    """(whether kernels compute them, nodes) of each stage, in order."""
     done = {node for node in network.nodes if isinstance(node.op, Input)}
     left = [node for node in network.nodes if node not in done]
-    uses = network.uses()
-    result: list[Stage] = []
+    result: list[tuple[bool, list[Node]]] = []
     native = True
     while left:
         chosen = [n for n in left if n.native == native and _ready(n, done, native)]
         chosen_set = set(chosen)
         done |= chosen_set
         left = [n for n in left if n not in chosen_set]
-        if chosen and native:
-            cut = seam(chosen, target, choose)
-            result.append(Builder(chosen, uses, target, layout, choose, cut).build())
-        elif chosen:
-            result.append(Eager(chosen))
+        if chosen:
+            result.append((native, chosen))
         native = not native
     return result
 

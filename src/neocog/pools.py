@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .cpu import pool, pool_backward
 from .kernels import kernel
-from .maps import NHWC, Map, read
+from .maps import Map
 from .problem import Act, Pool, Pooling
 from .program import Place, Program
 from .target import Target
@@ -38,22 +38,24 @@ def unpool(
     pooled_shape: Sequence[int],
     grad: Map,
     out: Map,
-    result_layout: str = NHWC,
+    result: Map | None,
+    winners: Place | None,
 ) -> None:
     """The gradient ``out`` of a map of ``shape`` from that of its activated and pooled result.
 
-    Reads the call buffers ``result`` (if the activation needs it) and ``winners`` (max).
+    ``result``: the activation's, pooled if the pool selects, where the activation needs it;
+    ``winners``: of a max pool.
     """
     batch, channels, height, width = shape
     _, _, rows, cols = pooled_shape
     plan = pool_backward.PoolBackwardPlan(target, channels, act, pooling)
     fields: dict[str, Place | int] = {}
     if plan.reads_result:
-        of = pooled_shape if plan.result_per_window else shape
-        result = read(p, target, p.buffer("result"), result_layout, of)
+        assert result is not None
         fields |= result.fields("result")
     if pooling and plan.selects:
-        fields |= {"winners": p.buffer("winners"), "winners_row": cols * channels,
+        assert winners is not None
+        fields |= {"winners": winners, "winners_row": cols * channels,
                    "winners_pixel": channels}  # fmt: skip
     p.step(
         kernel(plan), pool_backward.items(plan, batch, rows),

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,15 +37,18 @@ PLANS_KEPT = 16
 """Shapes of arguments whose programs one model keeps."""
 
 
-class Plans:
+P = TypeVar("P")
+
+
+class Plans(Generic[P]):
     """What has been made for each shape of arguments: the latest used, ``PLANS_KEPT`` at most."""
 
     def __init__(self) -> None:
-        self._made: OrderedDict[Hashable, Plan | None] = OrderedDict()
-        self._latest: tuple[Hashable, Plan | None] = (None, None)
+        self._made: OrderedDict[Hashable, P | None] = OrderedDict()
+        self._latest: tuple[Hashable, P | None] = (None, None)
         self._lock = threading.RLock()  # callers in other threads may drop what is looked up here
 
-    def find(self, key: Hashable, make: Callable[[], Plan | None]) -> Plan | None:
+    def find(self, key: Hashable, make: Callable[[], P | None]) -> P | None:
         """What was made for ``key``, or ``make()``, which may say that there is none."""
         latest = self._latest  # one tuple: whatever other threads do, its parts belong together
         if latest[0] == key:
@@ -59,7 +62,7 @@ class Plans:
             self._latest = (key, self._made[key])
             return self._latest[1]
 
-    def __iter__(self) -> Iterator[Plan]:
+    def __iter__(self) -> Iterator[P]:
         """The plans, the latest used last."""
         return (plan for plan in list(self._made.values()) if plan is not None)
 

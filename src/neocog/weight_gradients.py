@@ -18,8 +18,9 @@ WEIGHT_GRADIENT_ITEMS = 16
 
 
 def weight_gradient_steps(
-    p: Program, target: Target, conv: Conv, x: Map, g: Map, needs: Sequence[str]
-) -> None:
+    p: Program, target: Target, conv: Conv, x: Map, g: Map, needs: Sequence[str],
+    exact: bool = False, gw: Place | None = None, gbias: Place | None = None,
+) -> None:  # fmt: skip
     """The steps that sum the gradients of weight and bias into the call buffers gw and gbias.
 
     ``x`` needs the halo of ``conv``; ``g``, the gradient of its output, must be scratch: whole
@@ -54,11 +55,11 @@ def weight_gradient_steps(
     if "w" in needs:
         _, into, kh, kw = conv.weight_shape
         strides = (into * kh * kw, kh * kw, kw, 1)
-        w = Weights.of(p.buffer("gw"), strides, conv)
+        w = Weights.of(gw or p.buffer("gw"), strides, conv)
         taps = [w.tap(conv, *t) for t, _ in pairs]
         _unpack(p, target, plan, w, taps, partial, (chunks, chunk_step), conv.groups, channels)
     if plan.bias:
-        w = Weights(p.buffer("gbias"), 1, 0, out_channels, 0, 0)
+        w = Weights(gbias or p.buffer("gbias"), 1, 0, out_channels, 0, 0)
         _unpack(p, target, plan, w, [0], fields["bias"], (chunks, fields["bias_step"]),
                 conv.groups, 1)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Maps element by element: out = steps(a), steps(a + b) or steps(a * b).
+"""Maps element by element: out = steps(a), steps(a + b) or steps(a * b), a residual among the steps.
 
 All maps are NHWC with strides that arrive at run time. b may be an (N, C, 1, 1) map that every
 pixel reads again (row and pixel strides of 0): the product of squeeze-and-excitation.
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 from llvmlite import ir
 
-from ..steps import Act, Affine, Bias, Step
+from ..steps import Act, Add, Affine, Bias, Step
 from ..target import Target
 from . import epilogue as ep
 from .lanes import Emitter, Int
@@ -27,7 +27,7 @@ KINDS = ("copy", "add", "mul")
 class ElementwisePlan:
     """Everything an elementwise kernel is specialised on.
 
-    ValueError for a kind that is none of KINDS and for steps other than Affine, Act and Bias.
+    ValueError for a kind that is none of KINDS and for a pool among the steps.
     """
 
     target: Target
@@ -39,13 +39,15 @@ class ElementwisePlan:
         if self.kind not in KINDS:
             raise ValueError(f"kind: {self.kind!r} is none of {', '.join(KINDS)}")
         for step in self.steps:
-            if not isinstance(step, Affine | Act | Bias):
-                raise ValueError(f"steps: {step} is no affine, activation or bias")
+            if not isinstance(step, Affine | Act | Add | Bias):
+                raise ValueError(f"steps: {step} is no affine, activation, residual or bias")
 
     @property
     def maps(self) -> tuple[str, ...]:
         """The maps it reads and, last, the one it writes."""
-        return ("a", "out") if self.kind == "copy" else ("a", "b", "out")
+        second = () if self.kind == "copy" else ("b",)
+        residual = ("residual",) if ep.adds_residual(self.steps) else ()
+        return ("a", *second, *residual, "out")
 
     @property
     def name(self) -> str:
@@ -139,5 +141,9 @@ def _vector(
     if plan.kind != "copy":
         operation = e.b.fadd if plan.kind == "add" else e.b.fmul
         value = operation(value, e.vload(places["b"], offset, mask))
-    (value,) = ep.finish(e, plan.steps, [value], parameters, lambda _: e.zero)
+
+    def residual(_: int) -> ir.Value:
+        return e.vload(places["residual"], offset, mask)
+
+    (value,) = ep.finish(e, plan.steps, [value], parameters, residual)
     e.vstore(value, places["out"], offset, mask)

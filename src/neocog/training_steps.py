@@ -1,0 +1,209 @@
+"""What the forward and the backward program of a stage have in common: maps, weights, lifetimes.
+
+A program is written twice. The first time tells when each piece of scratch is used last; the
+second time gives it back right then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from . import choices, convolutions, norm_steps
+from .convolutions import Weights
+from .cpu import elementwise
+from .kept import Kept, halo_for, is_norm, pool_of
+from .kernels import kernel
+from .maps import NCHW, Halo, Map, clear_halo, deliver, read, scratch_map
+from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
+from .network import Pooling as PoolNode
+from .pools import pool_steps
+from .problem import Affine, Conv, Pooling, Step
+from .program import Place, Program
+from .target import Target
+from .winograd_steps import SLOTS_PER_BYTE
+
+
+@dataclass(frozen=True)
+class Spec:
+    """What both programs of a stage are made from."""
+
+    nodes: tuple[Node, ...]
+    uses: Mapping[Node, Sequence[Node]]
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    strides: Mapping[str, tuple[int, ...]]
+    """Of the parameters, by name, in the order in which they come with each call."""
+    target: Target
+    layout: str
+    exact: bool
+
+
+@dataclass
+class Steps:
+    """A program under way; see :class:`training_forward.Forward`, :class:`training_backward.Backward`."""
+
+    spec: Spec
+    kept: Kept
+    p: Program
+    last: Mapping[Hashable, int] = field(default_factory=dict)
+    """When each piece of scratch is used last, from the first time."""
+    now: int = 0
+    touched: dict[Hashable, int] = field(default_factory=dict)
+    maps: dict[Hashable, Map] = field(default_factory=dict)
+    corners: dict[Hashable, Place] = field(default_factory=dict)
+
+    # ---------------------------------------------------------------- memory
+
+    def scratch(self, key: Hashable, shape: Shape, halo: Halo = Halo()) -> Map:
+        """A new map in scratch."""
+        m, corner = scratch_map(self.p, shape, halo)
+        clear_halo(self.p, self.spec.target, m, corner, shape, halo)
+        self.maps[key], self.corners[key] = m, corner
+        return self.touch(key)
+
+    def touch(self, key: Hashable) -> Map:
+        """A map that is about to be used."""
+        self.touched[key] = self.now
+        return self.maps[key]
+
+    def tick(self) -> None:
+        """Give back what is not used any more."""
+        for key in [k for k in self.corners if self.last.get(k) == self.now]:
+            self.p.release(self.corners.pop(key))
+        self.now += 1
+
+    @property
+    def saved(self) -> Place:
+        """The tensor of what is kept."""
+        return self.p.buffer("kept")
+
+    def parameter(self, name: str) -> Place:
+        """A parameter's own memory."""
+        return self.p.buffer(f"p {name}")
+
+    # ---------------------------------------------------------------- values
+
+    def value(self, node: Node) -> Map:
+        """The map of a node: written already, kept, or computed here again."""
+        if node not in self.maps:
+            self.maps[node] = self._found(node)
+        return self.touch(node)
+
+    def _found(self, node: Node) -> Map:
+        if node in self.spec.inputs:
+            return self._read_input(node)
+        if node in self.kept.values:
+            return self.kept.map_of(node, self.saved)[0]
+        if is_norm(node):
+            return self.normalised(node)
+        pool, x = pool_of(node), self.value(node.inputs[0])
+        assert isinstance(node.op, PoolNode) and pool is not None
+        out = self.new_value(node)
+        pool_steps(self.p, self.spec.target, node.op.pool, x, out, None)
+        return out
+
+    def _read_input(self, node: Node) -> Map:
+        place = self.p.buffer(f"in{self.spec.inputs.index(node)}")
+        halo = halo_for(node, self.spec.uses)
+        m = read(self.p, self.spec.target, place, self.spec.layout, node.map_shape, halo)
+        if m.place.buffer != place.buffer:
+            self.corners[node] = m.place + -(halo.top * m.row + halo.left * m.pixel)
+        return m
+
+    def new_value(self, node: Node) -> Map:
+        """Memory for the map of a node: in what is kept, or scratch."""
+        halo = halo_for(node, self.spec.uses)
+        if node not in self.kept.values:
+            return self.scratch(node, node.map_shape, halo)
+        m, corner = self.kept.map_of(node, self.saved)
+        clear_halo(self.p, self.spec.target, m, corner, node.map_shape, halo)
+        self.maps[node] = m
+        return self.touch(node)
+
+    def normalised(self, node: Node) -> Map:
+        """The pass behind a batch norm's statistics."""
+        assert isinstance(node.op, Pointwise)
+        sources = [self.value(source) for source in node.inputs]
+        out = self.new_value(node)
+        self.elementwise(node, "copy", node.op.steps, sources, out)
+        return out
+
+    def statistics(self, node: Node) -> Place:
+        """Where the statistics of a batch norm stand."""
+        return self.saved + self.kept.statistics[node]
+
+    def norm_parameters(self, node: Node) -> dict[str, Place]:
+        """Weight and bias of a batch norm, as far as it has them."""
+        assert isinstance(node.op, Pointwise)
+        norm = node.op.norm
+        assert isinstance(norm, Norm | BatchStatistics)
+        names = {"weight": norm.weight, "bias": norm.bias}
+        return {key: self.parameter(name) for key, name in names.items() if name is not None}
+
+    def elementwise(
+        self, node: Node, kind: str, steps: tuple[Step, ...], sources: Sequence[Map], out: Map
+    ) -> None:
+        """A pass over whole maps; a residual comes last."""
+        batch, channels, height, width = node.map_shape
+        fields = out.fields("out")
+        names = (*"ab"[: 1 if kind == "copy" else 2], "residual")
+        for name, m in zip(names, sources, strict=False):
+            fields |= m.fields(name)
+        if any(isinstance(step, Affine) for step in steps):
+            for name, row in (("scale", norm_steps.SCALE), ("shift", norm_steps.SHIFT)):
+                fields[name] = norm_steps.statistic(
+                    self.spec.target, channels, self.statistics(node), row
+                )
+        plan = elementwise.ElementwisePlan(self.spec.target, channels, kind, steps)
+        self.p.step(kernel(plan), batch * height, rows=height, cols=width, **fields)
+        self.p.work += batch * channels * height * width
+
+    # ---------------------------------------------------------------- convolutions
+
+    def convolve(
+        self, conv: Conv, weights: Weights, x: Map, out: Map, epilogue: tuple[Step, ...] = (),
+        extra: Mapping[str, Place | int] | None = None, winners: Map | None = None,
+    ) -> None:  # fmt: skip
+        """A convolution on weights that may have changed: pack them, then compute."""
+        target, extra = self.spec.target, extra or {}
+        pooled = any(isinstance(step, Pooling) for step in epilogue)
+        algorithm = choices.DIRECT if pooled else self.algorithm(conv, epilogue)
+        packed = self.p.scratch(choices.packed_elements(target, conv, algorithm))
+        choices.pack(self.p, target, conv, algorithm, weights, packed)
+        if pooled:
+            convolutions.convolve_packed(
+                self.p, target, conv, x, packed, out, epilogue, winners, extra
+            )
+        else:
+            choices.convolve(self.p, target, conv, algorithm, x, packed, out, epilogue, extra)
+        self.p.release(packed)
+
+    def algorithm(self, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
+        """The cheapest algorithm, packing the weights included."""
+        if self.spec.exact:
+            return choices.exact(conv, epilogue)
+        return trained(self.spec.target, conv, epilogue)
+
+    def deliver(self, m: Map, node: Node, name: str) -> None:
+        """Copy a map to the call buffer of a tensor in the stage's layout."""
+        shape, place = node.map_shape, self.p.buffer(name)
+        if self.spec.layout == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
+            deliver(self.p, self.spec.target, m, place, NCHW, shape)
+        else:
+            self.elementwise(node, "copy", (), [m], Map.dense(place, *shape[1:]))
+
+
+def trained(target: Target, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
+    """The cheapest algorithm for weights that are packed anew in every step."""
+
+    def cost(name: str) -> float:
+        packing = 4 * choices.packed_elements(target, conv, name) * SLOTS_PER_BYTE
+        return choices.cost(target, conv, name) + packing
+
+    return min(choices.candidates(conv, epilogue), key=cost)
+
+
+def pointwise_steps(layer: Layer) -> tuple[Step, ...]:
+    """The pointwise steps of a layer, its pool left out."""
+    return tuple(step for step in layer.block.epilogue if not isinstance(step, Pooling))
