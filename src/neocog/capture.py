@@ -25,7 +25,6 @@ from .errors import InvalidProblem, Unsupported
 from .layer_calls import CALLS, Call
 from .network import Foreign, Input, Network, Node
 
-
 Calls = Mapping[Any, Callable[..., Call | Tensor]]
 """PyTorch's functions that have kernels, each with what makes an operation of it."""
 

@@ -52,7 +52,9 @@ class Kept:
 
 def halo_for(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Halo:
     """What convolutions that read a map reach beyond it."""
-    halos = [halo_of(u.op.block.conv) for u in uses[node] if isinstance(u.op, Layer) and u is not node]
+    halos = [
+        halo_of(u.op.block.conv) for u in uses[node] if isinstance(u.op, Layer) and u is not node
+    ]
     sides = [(h.top, h.bottom, h.left, h.right) for h in halos]
     return Halo(*(max(side) for side in zip(*sides, strict=True))) if sides else Halo()
 

@@ -1,183 +1,23 @@
-"""Running a captured model while training: its stages as functions that PyTorch's autograd knows.
+"""Running a captured model while training: its stages in order, under PyTorch's autograd.
 
-Each native stage is one ``torch.autograd.Function`` with a program forward and one backward; what
-is handed back to PyTorch in between runs under autograd as ever.
-
-https://docs.pytorch.org/docs/stable/notes/extending.html
+What is handed back to PyTorch between the stages runs as ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from . import kept, norm_steps
 from .capture import Captured
-from .execution import FORMATS
-from .maps import NHWC
-from .network import BatchStatistics, Input, Layer, Network, Node, Norm, Pointwise
+from .learned import Learned, linear, parameters_of
+from .network import Foreign, Input, Linear, Network, Node
 from .partition import Eager, deal
-from .program import Program
 from .target import Target
-from .training_backward import Backward, backward_program
-from .training_forward import forward_program
 from .training_fusion import fuse_for_training
 from .training_steps import Spec
-
-
-@dataclass
-class Programs:
-    """A stage for one choice of what has gradients."""
-
-    forward: Program
-    kept: kept.Kept
-    wanted: frozenset[Node]
-    graded: frozenset[str]
-    backward: Backward | None = None
-    """Written when it is first needed."""
-
-
-@dataclass
-class Learned:
-    """A native stage."""
-
-    spec: Spec
-    running: list[tuple[Node, BatchStatistics]]
-    made: dict[tuple[bool, ...], Programs] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, spec: Spec) -> Learned:
-        """Nothing is compiled before it is needed."""
-        running = [
-            (node, node.op.norm)
-            for node in spec.nodes
-            if isinstance(node.op, Pointwise) and isinstance(node.op.norm, BatchStatistics)
-        ]
-        return cls(spec, [(node, norm) for node, norm in running if norm.mean is not None])
-
-    def programs(self, graded: tuple[bool, ...]) -> Programs:
-        """The programs where these of the inputs and parameters have gradients."""
-        if graded not in self.made:
-            spec, n = self.spec, len(self.spec.inputs)
-            names = frozenset(
-                name for name, has in zip(spec.strides, graded[n:], strict=True) if has
-            )
-            wanted = _wanted(spec, dict(zip(spec.inputs, graded, strict=False)), names)
-            found = kept.keep(spec.nodes, spec.uses, wanted, names, spec.target)
-            self.made[graded] = Programs(forward_program(spec, found), found, wanted, names)
-        return self.made[graded]
-
-    def run(self, values: dict[Any, Any], parameters: Mapping[str, Tensor]) -> None:
-        """Compute its outputs from its inputs, both in ``values``."""
-        spec = self.spec
-        tensors = [_ready(values[node], spec.layout) for node in spec.inputs]
-        tensors += [parameters[name] for name in spec.strides]
-        results = _Stage.apply(self, *tensors)
-        values.update(zip(spec.outputs, results, strict=True))
-
-    def update_running(self, found: kept.Kept, saved: Tensor, named: Mapping[str, Tensor]) -> None:
-        """Move the running statistics of batch norms towards the batch's."""
-        target = self.spec.target
-        moved: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-        for node, norm in self.running:
-            channels = node.map_shape[1]
-            row = norm_steps.statistics_elements(target, channels) // norm_steps.STATISTICS
-            olds, news = moved.setdefault(norm.momentum, ([], []))
-            for name, number in ((norm.mean, norm_steps.MEAN), (norm.var, norm_steps.VARIANCE)):
-                start = found.statistics[node] + number * row
-                olds.append(named[str(name)])
-                news.append(saved[start : start + channels])
-        for momentum, (olds, news) in moved.items():
-            torch._foreach_lerp_(olds, news, momentum)
-
-
-def _wanted(spec: Spec, inputs: Mapping[Node, bool], names: frozenset[str]) -> frozenset[Node]:
-    """The nodes that a gradient reaches, and that lead to something with one."""
-    reached: set[Node] = set(spec.outputs)
-    for node in reversed(spec.nodes):
-        if node in reached:
-            reached |= set(node.inputs)
-    wanted = {node for node, has in inputs.items() if has and node in reached}
-    for node in spec.nodes:
-        learned = any(name in names for name in parameters_of(node))
-        if node in reached and (learned or any(source in wanted for source in node.inputs)):
-            wanted.add(node)
-    return frozenset(wanted)
-
-
-def parameters_of(node: Node) -> list[str]:
-    """The tensors that a node reads besides maps."""
-    match node.op:
-        case Layer(weight=weight, bias=bias):
-            names = [weight, bias]
-        case Pointwise(norm=Norm() | BatchStatistics() as norm):
-            names = [norm.weight, norm.bias]
-            # Running statistics are read where they stand for the batch's; else only moved.
-            names += [norm.mean, norm.var]
-        case _:
-            names = []
-    return [name for name in names if name is not None]
-
-
-class _Stage(torch.autograd.Function):
-    """(stage, inputs.., parameters..) -> outputs."""
-
-    @staticmethod
-    def forward(ctx: Any, stage: Learned, *tensors: Tensor) -> tuple[Tensor, ...]:
-        spec = stage.spec
-        graded = tuple(ctx.needs_input_grad[1:])
-        programs = stage.programs(graded)
-        saved = torch.empty(programs.kept.size)
-        outs = [
-            torch.empty(node.shape, memory_format=_format(node, spec.layout))
-            for node in spec.outputs
-        ]
-        dense = [t.contiguous() if t.dim() == 1 else t for t in tensors]
-        programs.forward.run(*(t.data_ptr() for t in (*dense, saved, *outs)))
-        named = dict(zip(spec.strides, tensors[len(spec.inputs) :], strict=True))
-        stage.update_running(programs.kept, saved, named)
-        ctx.stage, ctx.programs = stage, programs
-        ctx.save_for_backward(*tensors, saved)
-        return tuple(outs)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        spec, programs = ctx.stage.spec, ctx.programs
-        *tensors, saved = ctx.saved_tensors
-        if programs.backward is None:
-            programs.backward = backward_program(
-                spec, programs.kept, programs.wanted, programs.graded
-            )
-        plan = programs.backward
-        given = [_ready(g, spec.layout) for g in grads]
-        inputs = [torch.empty_like(tensors[i]) for i in plan.gin]
-        named = dict(zip(spec.strides, tensors[len(spec.inputs) :], strict=True))
-        uses = [torch.empty(named[name].shape) for name in plan.uses]
-        dense = [t.contiguous() if t.dim() == 1 else t for t in tensors]
-        buffers = (*dense, saved, *given, *inputs, *uses)
-        plan.program.run(*(t.data_ptr() for t in buffers))
-        found: dict[str, Tensor] = {}
-        for name, grad in zip(plan.uses, uses, strict=True):
-            found[name] = found[name] + grad if name in found else grad
-        arrived = dict(zip(plan.gin, inputs, strict=True))
-        return (
-            None,
-            *(arrived.get(i) for i in range(len(spec.inputs))),
-            *(found.get(name) for name in spec.strides),
-        )
-
-
-def _format(node: Node, layout: str) -> torch.memory_format:
-    return FORMATS[layout] if len(node.shape) == 4 else torch.contiguous_format
-
-
-def _ready(tensor: Tensor, layout: str) -> Tensor:
-    format = FORMATS[layout] if tensor.dim() == 4 else torch.contiguous_format
-    return tensor.contiguous(memory_format=format)
 
 
 @dataclass
@@ -197,7 +37,7 @@ class LearningPlan:
         network = fuse_for_training(captured.network)
         uses = network.uses()
         stages: list[Learned | Eager] = []
-        for native, nodes in deal(network):
+        for native, nodes in deal(network, _in_programs):
             if native:
                 stages.append(Learned.of(_spec(nodes, uses, tensors, target, layout, exact)))
             else:
@@ -225,10 +65,22 @@ class LearningPlan:
                 stage.run(values, named)
             else:
                 for node in stage.nodes:
-                    values[node] = node.op.run(*(values[source] for source in node.inputs))
+                    values[node] = _computed(node, [values[s] for s in node.inputs], named)
         return self.captured.result(
             [values[v] if isinstance(v, Node) else v for v in self.leaves]
         )  # fmt: skip
+
+
+def _in_programs(node: Node) -> bool:
+    return node.native and not isinstance(node.op, Linear)
+
+
+def _computed(node: Node, inputs: Sequence[Any], named: Mapping[str, Tensor]) -> Any:
+    if isinstance(node.op, Linear):
+        weight, bias = node.op.weight, node.op.bias
+        return linear(inputs[0], named[weight], None if bias is None else named[bias])
+    assert isinstance(node.op, Foreign)
+    return node.op.run(*inputs)
 
 
 def _spec(nodes, uses, tensors: Mapping[str, Tensor], target, layout: str, exact: bool) -> Spec:

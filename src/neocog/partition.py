@@ -7,6 +7,7 @@ program, then the foreign calls that have become possible, and so on.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from . import choices
@@ -44,14 +45,16 @@ def stages(network: Network, target: Target, layout: str, choose: choices.Choice
     return [built(nodes) if native else Eager(nodes) for native, nodes in deal(network)]
 
 
-def deal(network: Network) -> list[tuple[bool, list[Node]]]:
-    """(whether kernels compute them, nodes) of each stage, in order."""
+def deal(
+    network: Network, is_native: Callable[[Node], bool] = lambda node: node.native
+) -> list[tuple[bool, list[Node]]]:
+    """(whether they are native, nodes) of each stage, in order."""
     done = {node for node in network.nodes if isinstance(node.op, Input)}
     left = [node for node in network.nodes if node not in done]
     result: list[tuple[bool, list[Node]]] = []
     native = True
     while left:
-        chosen = [n for n in left if n.native == native and _ready(n, done, native)]
+        chosen = [n for n in left if is_native(n) == native and _ready(n, done, is_native)]
         chosen_set = set(chosen)
         done |= chosen_set
         left = [n for n in left if n not in chosen_set]
@@ -61,14 +64,15 @@ def deal(network: Network) -> list[tuple[bool, list[Node]]]:
     return result
 
 
-def _ready(node: Node, done: set[Node], native: bool) -> bool:
+def _ready(node: Node, done: set[Node], is_native: Callable[[Node], bool]) -> bool:
     """Whether everything before ``node`` is done, or of its own kind and ready itself."""
+    native = is_native(node)
     ready: dict[Node, bool] = {}
     stack = [node]
     while stack:
         top = stack[-1]
         missing = [s for s in top.inputs if s not in done]
-        if any(s.native != native or ready.get(s) is False for s in missing):
+        if any(is_native(s) != native or ready.get(s) is False for s in missing):
             ready[top] = False
         elif all(s in ready for s in missing):
             ready[top] = True

@@ -1,8 +1,7 @@
 """PyTorch's functions whose gradients neocog compiles, each as an operation of a network.
 
 A part of :mod:`neocog.layer_calls`, with batch norm as it is while training. What is missing here
-runs in PyTorch while gradients are needed, fully connected layers among it: they are one matrix
-product each, which PyTorch's own library does well at the batches of training.
+runs in PyTorch while gradients are needed.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ from . import network as net
 from .activations import ACTIVATIONS
 from .errors import Unsupported
 from .layer_calls import Call, Name
+
 
 def batch_norm(
     name: Name, input: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
@@ -55,7 +55,7 @@ def _checked(call: Callable[..., Call | Tensor]) -> Callable[..., Call | Tensor]
     def checked(name: Name, *args: Any, **kwargs: Any) -> Call | Tensor:
         made = call(name, *args, **kwargs)
         if isinstance(made, Call):
-            for t in made.inputs:
+            for t in made.inputs if not isinstance(made.op, net.Linear) else ():
                 _map(t)
             _check(made.op, made)
         return made
@@ -79,6 +79,7 @@ _ADD = (torch.add, Tensor.add, Tensor.__add__, Tensor.add_, Tensor.__iadd__)
 _LAYERS = (
     F.conv2d, torch.conv2d, F.leaky_relu, F.hardtanh, F.max_pool2d, torch.max_pool2d, F.avg_pool2d,
     F.adaptive_avg_pool2d, F.adaptive_max_pool2d, torch.mean, Tensor.mean, F.dropout, F.dropout2d,
+    F.linear,
 )  # fmt: skip
 
 TRAINING_CALLS: dict[Any, Callable[..., Call | Tensor]] = {

@@ -25,7 +25,7 @@ from llvmlite import ir
 from ..steps import Act
 from ..target import Target
 from . import epilogue as ep
-from .lanes import I64, PTR, Emitter, Int
+from .lanes import Emitter, Int
 from .pool import channel_blocks
 from .runtime import Kernel, compile_kernel
 
@@ -187,7 +187,9 @@ def _line(e: Emitter, plan, f: SimpleNamespace, line: ir.Value, sums: ir.Value |
     cols = e.b.select(e.equal(line, e.sub(f.lines, 1)), f.last_cols, f.cols)
     places = {}
     for name in plan.maps:
-        offset = e.add(e.mul(image, getattr(f, f"{name}_image")), e.mul(y, getattr(f, f"{name}_row")))
+        offset = e.add(
+            e.mul(image, getattr(f, f"{name}_image")), e.mul(y, getattr(f, f"{name}_row"))
+        )
         places[name] = e.at(getattr(f, name), offset)
     row = row_of(plan.target, plan.channels)
 
@@ -252,7 +254,9 @@ def _apply(e: Emitter, plan: NormGradientPlan, here, offset: Int, mask, v, g, di
     centred = e.b.fsub(g, v.mean_gradient)
     value = e.b.fmul(v.scale, e.fma(e.b.fneg(distance), v.slope, centred))
     if plan.residual:
-        total = g if plan.residual == "write" else e.b.fadd(e.vload(here["residual"], offset, mask), g)
+        total = (
+            g if plan.residual == "write" else e.b.fadd(e.vload(here["residual"], offset, mask), g)
+        )
         e.vstore(total, here["residual"], offset, mask)
     e.vstore(value, here["out"], offset, mask)
 
@@ -282,9 +286,7 @@ def _added(e: Emitter, f, offset: Int, row: int) -> list[ir.Value]:
 
     def part(number: Int, *totals: ir.Value) -> list[ir.Value]:
         base = e.at(f.sums, e.add(e.mul(number, SUMS * row), offset))
-        return [
-            e.b.fadd(total, _wide(e, e.vload(base, k * row))) for k, total in enumerate(totals)
-        ]
+        return [e.b.fadd(total, _wide(e, e.vload(base, k * row))) for k, total in enumerate(totals)]
 
     return e.loop(0, f.parts, part, [zero, zero])
 
