@@ -56,8 +56,8 @@ def capture(
     """The network of ``model(*args)``.
 
     ``names``: id -> name of tensors the model may read besides its arguments; others it reads are
-    named by number. ``calls``: what has kernels. Unsupported if the model looks at the values of a tensor or writes to memory
-    that several tensors share.
+    named by number. ``calls``: what has kernels. Unsupported if the model looks at the values of a
+    tensor or writes to memory that several tensors share.
     """
     recorder = _Recorder(names or {}, calls)
     # Inference tensors count no versions, which say whether a call has written to them.

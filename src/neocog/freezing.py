@@ -29,7 +29,7 @@ class Frozen:
         tensors = [*model.named_parameters(), *model.named_buffers()]
         self._names = {id(t): name for name, t in tensors}
         self._parameters = Parameters({name: t for name, t in tensors}, host())
-        self._plans = Plans()
+        self._plans: Plans[Plan] = Plans()
         self.plan_for(example)
 
     @property

@@ -8,6 +8,7 @@ conv -> activation -> batch norm are both an affine step, each in its place.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -36,12 +37,12 @@ LARGEST_FUSED_WINDOW = 3
 PoolChoice = Callable[[Block, Pool], bool]
 
 Merge = Callable[[Node, Node, tuple[Node, ...]], Op | None]
-"""(producer, node that reads it, the node's other inputs) -> the operation of both, if there is one."""
+"""(producer, node that reads it, the node's other inputs) -> the operation of both, if any."""
 
 
 def fuse(network: Network, fuses_pool: PoolChoice) -> Network:
     """The same function in fewer nodes. ``fuses_pool`` may refuse to fuse a pool into a block."""
-    fused = merged(network, lambda *nodes: _merge(*nodes, fuses_pool))
+    fused = merged(network, functools.partial(_merge, fuses_pool=fuses_pool))
     _count_averaged(fused)
     return fused
 
@@ -108,7 +109,9 @@ def alone(op: Op) -> Op:
     return op
 
 
-def _merge(producer: Node, node: Node, others: tuple[Node, ...], fuses_pool) -> Op | None:
+def _merge(
+    producer: Node, node: Node, others: tuple[Node, ...], fuses_pool: PoolChoice
+) -> Op | None:
     """The producer's operation with that of ``node`` behind it, if there is a kernel for it."""
     match producer.op, node.op:
         case Padding() as padding, Convolution(conv, weight, bias):
@@ -143,7 +146,7 @@ def _merge_layer(producer: Node, node: Node, others: tuple[Node, ...], fuses_poo
     step: Step
     norm: Norm | Constants | None = layer.norm
     match node.op:
-        case BatchNorm(norm=own) if not _has(steps, Affine):
+        case BatchNorm(norm=Norm() | Constants() as own) if not _has(steps, Affine):
             step, norm = Affine(), own
         case Activation(act) if not _has(steps, Act):
             step = act

@@ -20,7 +20,7 @@ from .cpu.pool import winner_type
 from .maps import Halo, Map, halo_of
 from .network import Layer, Node, Pointwise
 from .network import Pooling as PoolNode
-from .problem import Add
+from .problem import Act, Add, Pooling
 from .program import SLACK, Place
 from .target import Target
 
@@ -105,14 +105,14 @@ def keep(
     return kept
 
 
-def pool_of(node: Node):
+def pool_of(node: Node) -> Pooling | None:
     """The pool of a node, fused or by itself, without its sizes."""
     if isinstance(node.op, PoolNode):
         return node.op.pool.step
     return ep.pooling_of(node.op.block.epilogue) if isinstance(node.op, Layer) else None
 
 
-def activation_of(node: Node):
+def activation_of(node: Node) -> Act:
     """The activation of a node, or the identity."""
     match node.op:
         case Layer(block=block):

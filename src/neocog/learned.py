@@ -111,15 +111,13 @@ def _wanted(spec: Spec, inputs: Mapping[Node, bool], names: frozenset[str]) -> f
 
 def parameters_of(node: Node) -> list[str]:
     """The tensors that a node reads besides maps."""
+    names: tuple[str | None, ...] = ()
     match node.op:
         case Layer(weight=weight, bias=bias):
-            names = [weight, bias]
+            names = (weight, bias)
         case Pointwise(norm=Norm() | BatchStatistics() as norm):
-            names = [norm.weight, norm.bias]
             # Running statistics are read where they stand for the batch's; else only moved.
-            names += [norm.mean, norm.var]
-        case _:
-            names = []
+            names = (norm.weight, norm.bias, norm.mean, norm.var)
     return [name for name in names if name is not None]
 
 

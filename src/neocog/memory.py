@@ -46,7 +46,7 @@ class Pool:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def empty(self, shape: Sequence[int], format: torch.memory_format | None = None) -> Tensor:
-        """An uninitialised float32 tensor on the CPU, contiguous unless ``format`` says otherwise."""
+        """An uninitialised float32 tensor on the CPU, contiguous unless told otherwise."""
         size = 4 * math.prod(shape)
         if size <= SMALL:
             return torch.empty(tuple(shape), memory_format=format or torch.contiguous_format)

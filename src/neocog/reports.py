@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .learning import LearningPlan
 from .network import Foreign
 from .running import Plan
 
@@ -53,7 +54,7 @@ class Report:
         return "\n".join(lines)
 
 
-def report_of(plan: Plan) -> Report:
+def report_of(plan: Plan | LearningPlan) -> Report:
     """The report of a plan."""
     native = [n for n in plan.network.nodes if n.native]
     found: dict[tuple[str, str], list[int]] = {}

@@ -58,14 +58,13 @@ def backward_program(
 
 def _learned(node: Node, graded: Collection[str]) -> list[str]:
     """The parameters of a node that have gradients, in order."""
+    names: tuple[str | None, ...] = ()
     match node.op:
         case Layer(weight=weight, bias=bias):
-            names: list[str | None] = [weight, bias]
+            names = (weight, bias)
         case Pointwise(norm=Norm() | BatchStatistics() as norm):
-            names = [norm.weight, norm.bias]
-        case _:
-            names = []
-    return [name for name in names if name in graded]
+            names = (norm.weight, norm.bias)
+    return [name for name in names if name is not None and name in graded]
 
 
 @dataclass

@@ -23,6 +23,8 @@ from .program import Place, Program
 from .target import Target
 from .winograd_steps import SLOTS_PER_BYTE
 
+NONE = Halo()
+
 
 @dataclass(frozen=True)
 class Spec:
@@ -41,7 +43,7 @@ class Spec:
 
 @dataclass
 class Steps:
-    """A program under way; see :class:`training_forward.Forward`, :class:`training_backward.Backward`."""
+    """A program under way: the forward one or the backward one."""
 
     spec: Spec
     kept: Kept
@@ -55,7 +57,7 @@ class Steps:
 
     # ---------------------------------------------------------------- memory
 
-    def scratch(self, key: Hashable, shape: Shape, halo: Halo = Halo()) -> Map:
+    def scratch(self, key: Hashable, shape: Shape, halo: Halo = NONE) -> Map:
         """A new map in scratch."""
         m, corner = scratch_map(self.p, shape, halo)
         clear_halo(self.p, self.spec.target, m, corner, shape, halo)

@@ -12,7 +12,7 @@ of pixels, added up per work item in float32 and then in float64. The squares ar
 distance from each channel's first value, which may be far from 0 but is near the mean. The work
 items depend on the problem alone: the same bits come out on any number of threads.
 
-Vectors per channel stand in rows of whole registers (``row_of``), so that nothing is masked in them.
+Vectors per channel stand in rows of whole registers (``row_of``): nothing is masked in them.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from .runtime import Kernel, compile_kernel
 F64 = ir.DoubleType()
 
 MEAN, RECIPROCAL, SCALE, SHIFT, VARIANCE = range(5)
-"""Rows of the statistics of a layer: mean, s, weight * s, bias - mean * weight * s, and the variance
-with N - 1 in place of N, which running statistics take."""
+"""Rows of the statistics of a layer: mean, s, weight * s, bias - mean * weight * s, and the
+variance with N - 1 in place of N, which running statistics take."""
 STATISTICS = 5
 
 MEAN_GRADIENT, SLOPE = range(2)
@@ -151,8 +151,8 @@ def line_fields(plan: MomentsPlan | NormGradientPlan) -> tuple[str, ...]:
 
 def statistics_fields(plan: StatisticsPlan) -> tuple[str, ...]:
     """What a step passes; ``first``: the map's first pixel. Items: vectors of channels."""
-    names = ("first*", "sums*", "parts", "count") if plan.batch else ("mean*", "variance*")
-    names += ("statistics*",)
+    batch = ("first*", "sums*", "parts", "count")
+    names = (*(batch if plan.batch else ("mean*", "variance*")), "statistics*")
     return names + ("weight*",) * plan.weight + ("bias*",) * plan.bias
 
 

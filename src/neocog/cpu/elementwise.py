@@ -1,4 +1,6 @@
-"""Maps element by element: out = steps(a), steps(a + b) or steps(a * b), a residual among the steps.
+"""Maps element by element: out = steps(a), steps(a + b) or steps(a * b).
+
+A residual that the steps add is one map more.
 
 All maps are NHWC with strides that arrive at run time. b may be an (N, C, 1, 1) map that every
 pixel reads again (row and pixel strides of 0): the product of squeeze-and-excitation.

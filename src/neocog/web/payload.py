@@ -237,7 +237,7 @@ def _operation(scene: Scene, box: Box, with_weights: bool) -> dict[str, Any]:
                 "divisor": pool.divisor_override,
                 **_windows(pool, box),
             }
-        case net.BatchNorm(norm):
+        case net.BatchNorm(net.Norm() | net.Constants() as norm):
             scale, shift = _affine(norm, given, box.output.shape[1])
             return {"kind": "norm", "scale": scale, "shift": shift}
         case net.Activation(act):
