@@ -22,7 +22,7 @@ FLOORS = {
     4: "target",
     5: "cpu",
     6: (
-        "program kernels maps pools convolutions weight_gradients compiler "
+        "program kernels maps pools convolutions depthwise_gradients weight_gradients compiler "
         "winograd_steps choices bands layer_calls capture fusion stages partition parameters tuning"
     ),
     7: "execution handback ops running",
@@ -43,7 +43,8 @@ BESIDE = {
     "maps": "kernels program",
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
-    "weight_gradients": "convolutions kernels maps program",
+    "depthwise_gradients": "convolutions kernels maps program",
+    "weight_gradients": "convolutions depthwise_gradients kernels maps program",
     "compiler": "convolutions maps pools program weight_gradients",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",

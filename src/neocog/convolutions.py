@@ -7,13 +7,15 @@ of the taps (:meth:`neocog.geometry.Window.phases`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, cast
 
 from .cpu import copy, depthwise, direct
-from .cpu.tiling import all_sizes, best_blocks, cover, even_sizes, most_pixels
+from .cpu.ahead import LARGE
+from .cpu.tiling import Reads, all_sizes, best_blocks, cover, even_sizes, most_pixels
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
 from .maps import Map
@@ -267,12 +269,13 @@ def convolve_packed(
     pooled, phases = Block(conv, epilogue).pool, _phases(conv)
     if plane and is_depthwise(conv):
         raise ValueError(f"plane: a depthwise layer reads neighbouring channels at once\n{conv}")
-    lanewise = is_depthwise(conv) and pooled is None and len(phases) == 1
-    if lanewise and not any_size and conv.batch and phases[0].pairs:
-        _depthwise(p, target, conv, x, packed, out, epilogue, extra)
-        return
-    maps = [out, *([_residual_map(extra)] if "residual" in extra else [])]
-    loops = [_Loops.of(conv, phase, x, *maps) for phase in phases]
+    if is_depthwise(conv) and pooled is None and not any_size and conv.batch:
+        (rows, _), (cols, _) = _reads(conv)
+        if depthwise.serves((rows, cols)):
+            _depthwise(p, target, conv, x, packed, out, epilogue, extra)
+            return
+    residual = {"residual": _residual_map(extra)} if "residual" in extra else {}
+    loops = [_Loops.of(conv, phase, x, out, *residual.values()) for phase in phases]
     if pooled is None and len(loops) == 1:
         merged = loops[0].merged()
         # Images that stand in for pixels are a step apart that depends on the size of the map.
@@ -294,8 +297,8 @@ def convolve_packed(
             "x": x.place, "x_group": channels * (plane or 1),
             "w": packed + done * tap_size, "w_block": taps * tap_size,
             "taps": p.constant(offsets), "n_taps": len(offsets),
-            "out": out.place + (phase.rows.start * out.row + phase.cols.start * out.pixel),
-            **extra, **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
+            **extra, **_starts(phase, out=out, **residual),
+            **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
         }  # fmt: skip
         if "residual" in extra:
             at = phase.rows.start * maps[1].row + phase.cols.start * maps[1].pixel
@@ -312,19 +315,25 @@ def convolve_packed(
 
 def _depthwise(p: Program, target: Target, conv: Conv, x: Map, packed: Place, out: Map,
                epilogue: tuple[Step, ...], extra: Mapping[str, Place | int]) -> None:  # fmt: skip
-    (phase,) = _phases(conv)
-    rows, cols = phase.rows.count, phase.cols.count
-    plan = depthwise.plan_for(target, conv, (rows, cols), epilogue)
-    wide, tail = cover(cols, plan.tiles)
-    groups, (_, (y, left)) = -(-rows // plan.heights[0]), phase.pairs[0]
+    (rows, top), (cols, left) = _reads(conv)
+    *_, height, width = conv.out_shape
+    large = math.prod(conv.in_shape) + math.prod(conv.out_shape) > LARGE
+    plan = depthwise.plan_for(
+        target, (rows, cols), (height, width), conv.out_channels, large, epilogue
+    )
+    groups, (tiles, wide) = -(-height // plan.heights[0]), plan.cover(width)
     p.step(
         kernel(plan), conv.batch * groups,
-        **replace(x, place=x.place + (y * x.row + left * x.pixel)).fields("x"),
+        **replace(x, place=x.place + (top * x.row + left * x.pixel)).fields("x"),
         w=packed, **out.fields("out"),
-        channels=conv.out_channels, groups=groups, tiles=wide + len(tail), wide=wide,
+        channels=conv.out_channels, groups=groups, tiles=tiles, wide=wide,
         **extra,
     )  # fmt: skip
     p.work += conv.multiply_adds
+
+
+def _reads(conv: Conv) -> tuple[tuple[Reads, int], tuple[Reads, int]]:
+    return Reads.of(conv.rows.phases(conv.height)), Reads.of(conv.cols.phases(conv.width))
 
 
 def _tile_fields(p: Program, sizes: tuple[int, ...], cols: int) -> dict[str, Place | int]:
@@ -335,6 +344,12 @@ def _tile_fields(p: Program, sizes: tuple[int, ...], cols: int) -> dict[str, Pla
         entries += [start, sizes.index(size)]
         start += size
     return {"tiles": wide + len(tail), "wide": wide, "tail": p.constant(entries)}
+
+
+def _starts(phase: Taps, **maps: Map) -> dict[str, Place | int]:
+    """The places of a phase's first output in the maps."""
+    row, col = phase.rows.start, phase.cols.start
+    return {name: m.place + (row * m.row + col * m.pixel) for name, m in maps.items()}
 
 
 def _residual_map(extra: Mapping[str, Place | int]) -> Map:

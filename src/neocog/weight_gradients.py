@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .convolutions import Taps, Weights
+from .convolutions import Taps, Weights, is_depthwise
 from .cpu import copy, weight_gradient
 from .cpu.tiling import blocks_for
+from .depthwise_gradients import depthwise_weight_gradient_steps
 from .kernels import copy_kernel, kernel
 from .maps import Map
 from .problem import Conv
@@ -26,6 +27,10 @@ def weight_gradient_steps(
     ``x`` needs the halo of ``conv``; ``g``, the gradient of its output, must be scratch: whole
     vectors are read behind its last channel.
     """
+    if is_depthwise(conv):
+        gw, gbias = (p.buffer(f"g{n}") if n in needs else None for n in ("w", "bias"))
+        depthwise_weight_gradient_steps(p, target, conv, x, g, needs, gw, gbias)
+        return
     (rows,), (cols,) = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
     pairs = Taps(rows, cols).pairs
     channels, out_channels = conv.in_channels // conv.groups, conv.out_channels // conv.groups

@@ -12,30 +12,36 @@ loaded once and multiplied with all taps that reach it from within the tile:
             for (r, kh) with r*SY + kh*DY == i:  for (p, kw) with p*SX + kw*DX == j:
                 acc[r][p] += x * w[kh][kw][v]
 
-It is made for: kernel size, stride, dilation, register tiles, epilogue, and whether the last vector
-is partly empty. Channels and every stride of the maps arrive at run time: one kernel serves all
-layers of a network that look alike.
+The gradient of a strided layer reads its input with a base dilation: its outputs fall into phases
+(:class:`neocog.geometry.Phase`), each with some of the taps. A tile holds outputs of all phases, so
+that each input is loaded once for all of them and outputs are written in order; R and MR are then
+multiples of the number of phases.
 
-Input: NHWC with its halo. Weights: [vector][tap][lanes], as ``copy.pack_weights`` with NB = 1
-brings them. Work items: images x groups of R rows. (Pools and gradients of strided layers go
-through :mod:`neocog.cpu.direct`.)
+It is made for: kernel size, stride, dilations, register tiles, epilogue, and whether the last
+vector is partly empty. Channels and every stride of the maps arrive at run time: one kernel serves
+all layers of a network that look alike.
+
+Input: NHWC with its halo. Weights: [vector][tap][lanes], the taps of one pair of phases after those
+of the other, as ``copy.pack_weights`` with NB = 1 brings them. Work items: images x groups of R
+rows. (Pools go through :mod:`neocog.cpu.direct`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 from llvmlite import ir
 
-from ..problem import Conv
 from ..steps import Bias, Step
 from ..target import Target
 from . import epilogue as ep
+from .ahead import Ahead
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
-from .tiling import even_sizes
+from .tiling import Reads, cover, even_sizes
 
 HEIGHT = 2
 """R: more rows would read each input less often, but weights and sums fill the registers."""
@@ -47,6 +53,9 @@ WIDE, NARROW_TILE = 28, 4
 """From rows of WIDE pixels on, tiles have NARROW_TILE at most. Such rows come from a distant cache,
 which serves the few long runs of a narrow tile faster (up to 1.3 times, measured)."""
 
+MOST_PHASES = 16
+"""Pairs of phases that a tile holds at most: more would spill too many sums."""
+
 Axes = tuple[int, int]
 """(rows, columns)."""
 
@@ -56,39 +65,81 @@ class DepthwisePlan:
     """Everything a depthwise kernel is specialised on."""
 
     target: Target
-    size: Axes
-    stride: Axes
-    dilation: Axes
+    rows: Reads
+    cols: Reads
     heights: tuple[int, ...]
     """Rows of the register tiles: R, then what the last group of rows has, if less."""
     tiles: tuple[int, ...]
-    """Pixels of the register tiles: one size, or two neighbouring ones (``tiling.even_sizes``)."""
+    """Pixels of the register tiles: one size, or two (``tiling.even_sizes`` times the phases)."""
+    last: int
+    """Pixels of the last tile of a row, if the phases' outputs are not equally many; else 0."""
     tail: bool
     """Whether the last vector of channels is partly empty."""
+    large: bool
+    """Whether the maps come from memory."""
     epilogue: tuple[Step, ...] = ()
 
     @property
     def name(self) -> str:
         """A name for the listing."""
-        kernel = f"{self.size[0]}x{self.size[1]}s{self.stride[0]}x{self.stride[1]}"
+        rows, cols = self.rows, self.cols
+        kernel = f"{rows.size}x{cols.size}s{rows.stride}x{cols.stride}"
+        if (rows.step, cols.step) != (1, 1):
+            kernel += f"b{rows.step}x{cols.step}"
         tile = f"{self.heights[0]}x{self.tiles[0]}v{self.target.lanes}"
         return f"depthwise_{kernel}_{tile}{ep.spelled(self.epilogue)}"
 
+    @property
+    def order(self) -> list[tuple[int, int]]:
+        """The taps (kh, kw) as the weights have them."""
+        pairs = itertools.product(self.rows.phases, self.cols.phases)
+        return [(kh, kw) for rows, cols in pairs for kh, _ in rows for kw, _ in cols]
 
-def plan_for(target: Target, conv: Conv, size: Axes, epilogue: tuple[Step, ...]) -> DepthwisePlan:
-    """The plan for a depthwise ``conv`` without base dilation and with outputs of ``size``."""
-    height, taps = min(HEIGHT, size[0]), conv.rows.size * conv.cols.size
+    def cover(self, cols: int) -> tuple[int, int]:
+        """How many whole tiles cover a row of ``cols`` outputs, and how many of the first size."""
+        step = self.cols.step
+        wide, tail = cover(-(-cols // step), tuple(size // step for size in self.tiles))
+        count = wide + len(tail) - (self.last > 0)
+        return count, min(wide, count)
+
+
+def plan_for(
+    target: Target,
+    reads: tuple[Reads, Reads],
+    size: Axes,
+    channels: int,
+    large: bool,
+    epilogue: tuple[Step, ...],
+) -> DepthwisePlan:
+    """The plan for ``size`` outputs that read as ``reads`` say.
+
+    ``large``: whether the maps have more than ``ahead.LARGE`` elements.
+    """
+    rows, cols = reads
+    height = rows.step * max(1, HEIGHT // rows.step)
+    height = height if size[0] > height else size[0]
     rest = size[0] % height
+    most = _most_pixels(target, rows.size * cols.size, height, size[1])
+    units = even_sizes(-(-size[1] // cols.step), max(1, most // cols.step))
+    tiles = tuple(unit * cols.step for unit in units)
+    short = -size[1] % cols.step
     return DepthwisePlan(
         target=target,
-        size=(conv.rows.size, conv.cols.size),
-        stride=(conv.rows.stride, conv.cols.stride),
-        dilation=(conv.rows.dilation, conv.cols.dilation),
+        rows=rows,
+        cols=cols,
         heights=(height, rest) if rest else (height,),
-        tiles=even_sizes(size[1], _most_pixels(target, taps, height, size[1])),
-        tail=conv.out_channels % target.lanes > 0,
+        tiles=tiles,
+        last=tiles[-1] - short if short else 0,
+        tail=channels % target.lanes > 0,
+        large=large,
         epilogue=epilogue,
     )
+
+
+def serves(reads: tuple[Reads, Reads]) -> bool:
+    """Whether tiles of all phases are small enough, and there is anything to read."""
+    rows, cols = reads
+    return rows.step * cols.step <= MOST_PHASES and rows.size * cols.size > 0
 
 
 def _most_pixels(target: Target, taps: int, height: int, cols: int) -> int:
@@ -104,7 +155,7 @@ def fields(plan: DepthwisePlan) -> tuple[str, ...]:
     """What a step of this plan passes. Offsets and strides count in elements.
 
     ``groups`` of R rows make an image; ``tiles`` cover a row, the first ``wide`` of them of the
-    larger size.
+    larger size; the plan's last one comes behind them.
     """
     names = [
         "x*", "x_image", "x_row", "x_pixel", "w*", "out*", "out_image", "out_row", "out_pixel",
@@ -119,7 +170,10 @@ def fields(plan: DepthwisePlan) -> tuple[str, ...]:
 def emit(plan: DepthwisePlan) -> Kernel:
     """Compile the kernel of a plan."""
     e = Emitter(plan.target, plan.name)
-    functions = {h: [_tile_function(e, plan, h, n) for n in plan.tiles] for h in plan.heights}
+    widths = [*plan.tiles, *([plan.last] if plan.last else [])]
+    functions = {
+        h: {n: _tile_function(e, plan, h, n) for n in dict.fromkeys(widths)} for h in plan.heights
+    }
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, _):
         e.loop(begin, end, lambda item: _item(e, plan, functions, f, item))
@@ -129,34 +183,38 @@ def emit(plan: DepthwisePlan) -> Kernel:
 def _item(e: Emitter, plan: DepthwisePlan, functions, f: SimpleNamespace, item) -> None:
     """One group of rows."""
     image, group = e.divmod(item, f.groups)
-    row = e.mul(group, plan.heights[0])
 
-    def start(name: str, stride: int = 1) -> ir.Value:
+    def start(name: str, rows: int = plan.heights[0]) -> ir.Value:
         at_image = e.mul(image, getattr(f, f"{name}_image"))
-        at_row = e.mul(e.mul(row, stride), getattr(f, f"{name}_row"))
+        at_row = e.mul(e.mul(group, rows), getattr(f, f"{name}_row"))
         return e.at(getattr(f, name), e.add(at_image, at_row))
 
-    maps = {"x": start("x", plan.stride[0]), "out": start("out")}
+    # With one group only, its height need not be a multiple of the phases.
+    maps = {"x": start("x", plan.heights[0] // plan.rows.step * plan.rows.stride)}
+    maps["out"] = start("out")
     if ep.adds_residual(plan.epilogue):
         maps["residual"] = start("residual")
 
     def tiles_of(height: int) -> None:
-        def run(function: ir.Function, pixel: Int) -> None:
+        def run(size: int, pixel: Int) -> None:
             args = [f.w, f.channels]
             for name, pointer in maps.items():
-                step = e.mul(plan.stride[1], pixel) if name == "x" else pixel
+                step = pixel
+                if name == "x":
+                    unit = pixel if plan.cols.step == 1 else e.divmod(pixel, plan.cols.step)[0]
+                    step = e.mul(plan.cols.stride, unit)
                 stride = getattr(f, f"{name}_pixel")
                 args += [e.at(pointer, e.mul(step, stride)), getattr(f, f"{name}_row"), stride]
             args += [getattr(f, name) for name in ep.parameters(plan.epilogue)]
-            e.b.call(function, args)
+            e.b.call(functions[height][size], args)
 
         wide = e.mul(f.wide, plan.tiles[0])
-        sizes = [(plan.tiles[0], I64(0), wide)]
-        if len(plan.tiles) == 2:
-            rest = e.mul(e.sub(f.tiles, f.wide), plan.tiles[1])
-            sizes.append((plan.tiles[1], wide, e.add(wide, rest)))
-        for function, (size, first, stop) in zip(functions[height], sizes, strict=True):
-            e.loop(first, stop, lambda at, fn=function: run(fn, at), step=size)
+        whole = e.add(wide, e.mul(e.sub(f.tiles, f.wide), plan.tiles[-1]))
+        starts = [I64(0), wide, whole]
+        for size, first, stop in zip(plan.tiles, starts, starts[1:], strict=False):
+            e.loop(first, stop, lambda at, size=size: run(size, at), step=size)
+        if plan.last:
+            run(plan.last, whole)
 
     whole, last = plan.heights[0], plan.heights[-1]
     if whole == last:
@@ -193,18 +251,28 @@ class _Grid:
 
     def __init__(self, e: Emitter, plan: DepthwisePlan, a: SimpleNamespace, height: int, n: int):
         self.e, self.plan, self.a, self.height, self.pixels = e, plan, a, height, n
-        self.row_taps = _reached(height, plan.size[0], plan.stride[0], plan.dilation[0])
-        self.col_taps = _reached(n, plan.size[1], plan.stride[1], plan.dilation[1])
+        self.row_taps, self.col_taps = plan.rows.reached(height), plan.cols.reached(n)
         # Row pointers and column offsets stay in integer registers: a load adds two of them.
         self.rows = {i: e.at(a.x, e.mul(a.x_row, i)) for i in self.row_taps}
         self.cols = {j: e.mul(a.x_pixel, j) for j in self.col_taps}
+        self.ahead = self._ahead() if plan.large else []
+
+    def _ahead(self) -> list[Ahead]:
+        """Of the next group of rows, what this one does not read, and what it writes."""
+        e, plan, a = self.e, self.plan, self.a
+        below, step = max(self.row_taps, default=-1) + 1, plan.rows.step
+        rows = range(below, below + self.height // step * plan.rows.stride)
+        pixels = self.pixels // plan.cols.step * plan.cols.stride
+        read = [e.at(a.x, e.mul(a.x_row, i)) for i in rows]
+        written = [e.at(a.out, e.mul(a.out_row, self.height + r)) for r in range(self.height)]
+        return [Ahead(e, read, pixels), Ahead(e, written, self.pixels, write=True)]
 
     def vector(self, c: Int, mask: ir.Value | None) -> None:
         """All rows and pixels of the tile for the channels from ``c`` on."""
         e, plan, a = self.e, self.plan, self.a
-        taps = plan.size[0] * plan.size[1]
-        w = e.at(a.w, e.mul(c, taps))
-        weights = [e.vload(w, t * e.lanes) for t in range(taps)]
+        order = plan.order
+        w = e.at(a.w, e.mul(c, len(order)))
+        weights = {tap: e.vload(w, t * e.lanes) for t, tap in enumerate(order)}
         pointers = {name: e.at(getattr(a, name), c) for name in ep.parameters(plan.epilogue)}
         values = SimpleNamespace(**pointers)
         steps, start = plan.epilogue, e.zero
@@ -225,23 +293,16 @@ class _Grid:
         for i, value in enumerate(ep.finish(e, steps, sums, per_channel, residual)):
             e.vstore(value, place("out", i), 0, mask)
 
-    def _sums(self, sums: list[ir.Value], weights: Sequence[ir.Value], c: Int, mask) -> list:
-        e, width = self.e, self.plan.size[1]
-        for i, row_taps in self.row_taps.items():
+    def _sums(self, sums: list[ir.Value], weights: Mapping[Axes, ir.Value], c: Int, mask) -> list:
+        e = self.e
+        for turn, (i, row_taps) in enumerate(self.row_taps.items()):
+            for ahead in self.ahead:
+                ahead.ask(c, turn, len(self.row_taps))
             row = e.at(self.rows[i], c)
             for j, col_taps in self.col_taps.items():
                 x = e.vload(row, self.cols[j], mask)
                 for r, kh in row_taps:
                     for p, kw in col_taps:
                         at = r * self.pixels + p
-                        sums[at] = e.fma(x, weights[kh * width + kw], sums[at])
+                        sums[at] = e.fma(x, weights[kh, kw], sums[at])
         return sums
-
-
-def _reached(count: int, size: int, stride: int, dilation: int) -> dict[int, list[tuple[int, int]]]:
-    """Input position -> the (output, tap) pairs that read it, for ``count`` outputs of a tile."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for output in range(count):
-        for tap in range(size):
-            found.setdefault(output * stride + tap * dilation, []).append((output, tap))
-    return dict(sorted(found.items()))

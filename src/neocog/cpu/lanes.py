@@ -300,11 +300,16 @@ class Emitter:
         fn = self.intrinsic(f"llvm.masked.store.v{self.lanes}{suffix}.p0", VOID, kinds)
         self.b.call(fn, [value, where, I32(align), mask])
 
-    def prefetch(self, pointer: ir.Value, offset: Int = 0) -> None:
-        """Ask for the cache line of an address that will be read; any address will do."""
+    def prefetch(
+        self, pointer: ir.Value, offset: Int = 0, near: bool = True, write: bool = False
+    ) -> None:
+        """Ask for the cache line of an address that will be read; any address will do.
+
+        ``near``: into the first cache, else into the second. ``write``: to write to it.
+        """
         fn = self.intrinsic("llvm.prefetch.p0", VOID, [PTR, I32, I32, I32])
-        read, keep, data = I32(0), I32(3), I32(1)
-        self.b.call(fn, [self.at(pointer, offset), read, keep, data])
+        kind, keep, data = I32(int(write)), I32(3 if near else 2), I32(1)
+        self.b.call(fn, [self.at(pointer, offset), kind, keep, data])
 
     def stack(self, words: int) -> ir.Value:
         """``words`` i64 on the stack."""

@@ -8,8 +8,10 @@ waiting for its own sums. A kernel for every width has MR and its binary fractio
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..geometry import Phase
 from ..target import Target
 
 LATENCY = 10
@@ -86,6 +88,44 @@ def cover(pixels: int, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     if wide < 0 or not set(narrow) <= set(sizes):
         raise ValueError(f"pixels: {pixels} are no sum of tiles of {sizes}")
     return wide, narrow
+
+
+@dataclass(frozen=True)
+class Reads:
+    """Which inputs the outputs along one axis read, whatever the size of that axis.
+
+    Output ``o`` reads input ``o // step * stride + offset`` through ``tap``, for each (tap, offset)
+    of phase ``o % step``. The least offset is 0.
+    """
+
+    phases: tuple[tuple[tuple[int, int], ...], ...]
+    stride: int
+
+    @classmethod
+    def of(cls, phases: Sequence[Phase]) -> tuple[Reads, int]:
+        """Those of a window's phases, and the input that stands at offset 0."""
+        origin = min((offset for phase in phases for _, offset in phase.taps), default=0)
+        taps = (tuple((tap, at - origin) for tap, at in phase.taps) for phase in phases)
+        return cls(tuple(taps), phases[0].stride), origin
+
+    @property
+    def step(self) -> int:
+        """The number of phases."""
+        return len(self.phases)
+
+    @property
+    def size(self) -> int:
+        """The number of taps."""
+        return sum(map(len, self.phases))
+
+    def reached(self, count: int) -> dict[int, list[tuple[int, int]]]:
+        """Input -> the (output, tap) pairs that read it, for the first ``count`` outputs."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for output in range(count):
+            start, phase = divmod(output, self.step)
+            for tap, offset in self.phases[phase]:
+                found.setdefault(start * self.stride + offset, []).append((output, tap))
+        return dict(sorted(found.items()))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""The steps that sum a depthwise convolution's weight and bias gradients, inside a program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from .convolutions import Taps
+from .cpu import copy, depthwise_gradient
+from .cpu.tiling import cover
+from .kernels import copy_kernel, kernel
+from .maps import Map
+from .problem import Conv
+from .program import Place, Program
+from .target import Target
+
+ITEMS = 16
+"""Work items a gradient is cut into at least, if it can be: enough for the threads to share."""
+
+CHUNK_PIXELS = 128
+"""Pixels of a chunk at least: its sums are written and read once more."""
+
+
+def depthwise_weight_gradient_steps(
+    p: Program,
+    target: Target,
+    conv: Conv,
+    x: Map,
+    g: Map,
+    needs: Sequence[str],
+    gw: Place | None,
+    gbias: Place | None,
+) -> None:
+    """The steps that sum the gradients of a depthwise ``conv`` into ``gw`` and ``gbias``.
+
+    ``x`` needs the halo of ``conv``; ``g`` is the gradient of its output. ``needs``: which of "w"
+    and "bias" are wanted; ``gw`` is contiguous (C, 1, KH, KW), ``gbias`` (C,), None if not wanted.
+    """
+    (rows,), (cols,) = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
+    bias = "bias" in needs and gbias is not None
+    plan = depthwise_gradient.plan_for(target, conv, bias)
+    lanes, channels = target.lanes, conv.out_channels
+    vectors, groups = -(-channels // lanes), -(-rows.count // plan.heights[0])
+    chunk_groups, chunks = _chunks(conv.batch * groups, plan.heights[0] * cols.count)
+    part = -(-vectors // min(vectors, -(-ITEMS // chunks)))
+    parts = -(-vectors // part)
+    sums = vectors * lanes * conv.rows.size * conv.cols.size
+    partial = p.scratch(chunks * sums)
+    total = p.scratch(chunks * vectors * lanes) if bias else None
+    fields: dict[str, Place | int] = {}
+    if total is not None:
+        fields = {"bias": total, "bias_step": vectors * lanes}
+    wide, tail = cover(cols.count, plan.tiles)
+    _, (top, left) = Taps(rows, cols).pairs[0]
+    p.step(
+        kernel(plan), chunks * parts,
+        **replace(x, place=x.place + (top * x.row + left * x.pixel)).fields("x"),
+        **g.fields("grad"), partial=partial, chunk_step=sums, chunk_groups=chunk_groups,
+        groups=groups, batch=conv.batch, channels=channels, part=part * lanes, parts=parts,
+        tiles=wide + len(tail), wide=wide, **fields,
+    )  # fmt: skip
+    p.work += conv.multiply_adds
+
+    def unpack(to: Place, tap_offsets: list[int], packed: Place, step: int) -> None:
+        p.step(
+            copy_kernel(copy.unpack_weights, target, 1), vectors,
+            w=to, w_out=len(tap_offsets), w_in=0, group_step=0,
+            packed=packed, chunks=chunks, chunk_step=step,
+            taps=p.constant(tap_offsets), n_taps=len(tap_offsets), channels=1,
+            out_channels=channels, blocks_per_group=vectors,
+        )  # fmt: skip
+
+    if gw is not None and "w" in needs:
+        unpack(gw, [kh * conv.cols.size + kw for kh, kw in plan.order], partial, sums)
+    p.release(partial)
+    if gbias is not None and total is not None:
+        unpack(gbias, [0], total, vectors * lanes)
+        p.release(total)
+
+
+def _chunks(groups: int, pixels: int) -> tuple[int, int]:
+    """Groups of rows per chunk, and chunks, for ``groups`` of ``pixels`` each; one at least."""
+    most = max(1, min(ITEMS, groups * pixels // CHUNK_PIXELS))
+    size = max(1, -(-groups // most))
+    return size, max(1, -(-groups // size))
