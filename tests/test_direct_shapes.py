@@ -149,6 +149,7 @@ TAILS = (
     "conv n2 c9x6x7 k33 3x3 p1 g3 | bias | leaky_relu(0.5)",
     "conv n2 c3x4x5 k20 3x3 b2 p1 | bias",
     "conv n1 c3x1x1 k20 4x4 b3 p3 | bias",
+    "conv n2 c3x4x5 k20 3x3 b2 p1 | bias | add",
     "conv n0 c8x4x4 k16 3x3 p1 | bias",
 )
 
@@ -181,6 +182,12 @@ DEPTHWISE = (
     "conv n1 c20x9x9 k20 2x2 s3 g20 | bias",
     "conv n1 c20x7x8 k20 3x3 p-1,0,2,1 g20 | bias",
     "conv n1 c20x4x5 k20 3x3 b2 p1 g20 | bias",
+    "conv n2 c33x4x9 k33 3x3 b2 p1,2,1,2 g33 | bias | add | relu",
+    "conv n1 c20x5x6 k20 5x4 b3x2 d2 p2 g20 | affine",
+    "conv n1 c20x6x7 k20 3x3 b2 s3 p2 g20 | add",
+    "conv n1 c20x9x6 k20 3x3 b2 s4x2 p1 g20 | bias",
+    "conv n1 c20x2x3 k20 2x2 b4 p3 g20 | bias | add",
+    "conv n1 c20x2x3 k20 3x3 b5 p1 g20 | add | bias",
     "conv n1 c20x8x8 k20 3x3 p1 g20 | bias | relu | max 2x2",
     "conv n0 c20x8x8 k20 3x3 p1 g20 | bias",
 )

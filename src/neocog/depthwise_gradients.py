@@ -60,22 +60,26 @@ def depthwise_weight_gradient_steps(
         tiles=wide + len(tail), wide=wide, **fields,
     )  # fmt: skip
     p.work += conv.multiply_adds
-
-    def unpack(to: Place, tap_offsets: list[int], packed: Place, step: int) -> None:
-        p.step(
-            copy_kernel(copy.unpack_weights, target, 1), vectors,
-            w=to, w_out=len(tap_offsets), w_in=0, group_step=0,
-            packed=packed, chunks=chunks, chunk_step=step,
-            taps=p.constant(tap_offsets), n_taps=len(tap_offsets), channels=1,
-            out_channels=channels, blocks_per_group=vectors,
-        )  # fmt: skip
-
     if gw is not None and "w" in needs:
-        unpack(gw, [kh * conv.cols.size + kw for kh, kw in plan.order], partial, sums)
+        offsets = [kh * conv.cols.size + kw for kh, kw in plan.order]
+        _add_up(p, target, channels, partial, (chunks, sums), gw, offsets)
     p.release(partial)
     if gbias is not None and total is not None:
-        unpack(gbias, [0], total, vectors * lanes)
+        _add_up(p, target, channels, total, (chunks, vectors * lanes), gbias, [0])
         p.release(total)
+
+
+def _add_up(p: Program, target: Target, channels: int, partial: Place, chunks: tuple[int, int],
+            to: Place, offsets: list[int]) -> None:  # fmt: skip
+    """Add ``chunks`` (how many, how far apart) of sums; those of tap t go to ``offsets[t]``."""
+    vectors, taps = -(-channels // target.lanes), len(offsets)
+    p.step(
+        copy_kernel(copy.unpack_weights, target, 1), vectors,
+        w=to, w_out=taps, w_in=0, group_step=0,
+        packed=partial, chunks=chunks[0], chunk_step=chunks[1],
+        taps=p.constant(offsets), n_taps=taps, channels=1,
+        out_channels=channels, blocks_per_group=vectors,
+    )  # fmt: skip
 
 
 def _chunks(groups: int, pixels: int) -> tuple[int, int]:

@@ -76,7 +76,7 @@ class DepthwisePlan:
     tail: bool
     """Whether the last vector of channels is partly empty."""
     large: bool
-    """Whether the maps come from memory."""
+    """Whether the maps are larger than the second cache: memory is asked for ahead of time."""
     epilogue: tuple[Step, ...] = ()
 
     @property

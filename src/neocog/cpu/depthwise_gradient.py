@@ -81,7 +81,7 @@ class DepthwiseGradientPlan:
     bias: bool
     """Whether the gradient of the bias is summed too."""
     large: bool
-    """Whether the maps come from memory."""
+    """Whether the maps are larger than the second cache: memory is asked for ahead of time."""
 
     @property
     def name(self) -> str:
