@@ -300,9 +300,6 @@ def convolve_packed(
             **extra, **_starts(phase, out=out, **residual),
             **loop.fields(), **_tile_fields(p, plan.tiles, loop.cols),
         }  # fmt: skip
-        if "residual" in extra:
-            at = phase.rows.start * maps[1].row + phase.cols.start * maps[1].pixel
-            fields["residual"] = maps[1].place + at
         if pooled is not None:
             fields |= {"cols": loop.cols}
             fields |= winners.fields("winners") if winners is not None else {}

@@ -27,8 +27,11 @@ def weight_gradient_steps(
     ``x`` needs the halo of ``conv``; ``g``, the gradient of its output, must be scratch: whole
     vectors are read behind its last channel.
     """
+    if "w" in needs:
+        gw = gw or p.buffer("gw")
+    if "bias" in needs:
+        gbias = gbias or p.buffer("gbias")
     if is_depthwise(conv):
-        gw, gbias = (p.buffer(f"g{n}") if n in needs else None for n in ("w", "bias"))
         depthwise_weight_gradient_steps(p, target, conv, x, g, needs, gw, gbias)
         return
     (rows,), (cols,) = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
