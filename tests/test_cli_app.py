@@ -15,7 +15,7 @@ import neocog
 from neocog import cli
 from neocog.errors import InvalidData, InvalidModel, InvalidProblem, Unsupported
 
-COMMANDS = {"train", "evaluate", "predict", "summary", "explain", "bench", "doctor"}
+COMMANDS = {"train", "evaluate", "predict", "summary", "explain", "export", "bench", "doctor"}
 
 
 def call(*arguments: str, app: typer.Typer | None = None):

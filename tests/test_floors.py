@@ -31,7 +31,7 @@ FLOORS = {
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
-        "layer_times contenders race"
+        "layer_times contenders race interchange exporting"
     ),
     10: "web cli __main__",
 }
@@ -65,6 +65,7 @@ BESIDE = {
     "factories": "files",
     "models": "architectures",
     "checkpoint": "factories files models",
+    "exporting": "checkpoint files interchange",
     "evaluation": "checkpoint data",
     "training": "augmentation checkpoint data evaluation models",
     "shifts": "checkpoint data evaluation",

@@ -4,7 +4,8 @@
 ``neocog.geometry`` and ``neocog.reference`` are the mathematics underneath.
 ``neocog.freeze(model, example)`` and ``torch.compile(model, backend="neocog")`` compile whole
 models for inference; ``neocog.report`` says what became of them, ``neocog.models`` holds networks.
-``neocog.explain(model, image)`` shows where each number in a network comes from.
+``neocog.explain(model, image)`` shows where each number in a network comes from, and
+``neocog.export(model, path, in_shape)`` writes it for ONNX Runtime and for torch.export.
 """
 
 import importlib
@@ -14,10 +15,13 @@ from typing import Any
 __version__ = metadata.version("neocog")
 
 __all__ = [
-    "explain", "freeze", "functional", "geometry", "models", "nn", "problem", "reference", "report"
+    "explain", "export", "freeze", "functional", "geometry", "models", "nn", "problem", "reference",
+    "report",
 ]  # fmt: skip
 
-FUNCTIONS = {"explain": "web.page", "freeze": "freezing", "report": "backend"}
+FUNCTIONS = {
+    "explain": "web.page", "export": "exporting", "freeze": "freezing", "report": "backend"
+}  # fmt: skip
 """Functions offered here, and the module of each."""
 
 

@@ -26,3 +26,7 @@ class InvalidData(NeocogError, ValueError):
 
 class InvalidModel(NeocogError, ValueError):
     """A checkpoint, run folder or model factory that cannot be read or used."""
+
+
+class NotExported(NeocogError, RuntimeError):
+    """A model that cannot be exported, or whose export would compute something else."""

@@ -49,7 +49,7 @@ def _print_version(value: bool) -> None:
 
 def build_app() -> typer.Typer:
     """The whole command line."""
-    from . import looking, machine, reading, training
+    from . import exporting, looking, machine, reading, training
 
     app = typer.Typer(
         name="neocog",
@@ -61,7 +61,7 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(neocog)
-    for module in (training, reading, looking, machine):
+    for module in (training, reading, looking, exporting, machine):
         module.register(app)
     return app
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -157,6 +158,17 @@ def read_picture_for(image: str, given: Given) -> Picture:
             f"{image} is a digit of {size_text(shape)}, the network takes {size_text(in_shape)}"
         )
     return Picture(_applied(how, test.images[index]), truth=int(test.labels[index]))
+
+
+def check_out(path: Path, read: Sequence[Path | str | None]) -> None:
+    """InvalidProblem for a file that could not be written, or that would replace what is read."""
+    if path.is_dir():
+        raise InvalidProblem(f"--out {path}: is a folder, expected a file")
+    if not path.parent.is_dir():
+        raise InvalidProblem(f"--out {path}: {path.parent} is no folder")
+    for other in read:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise InvalidProblem(f"--out {path}: would overwrite {other}, which is read")
 
 
 def serve_command(

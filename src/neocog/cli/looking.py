@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +16,7 @@ from .given import (
     InputOption,
     ModelArgument,
     Picture,
+    check_out,
     numbers,
     open_model,
     read_picture_for,
@@ -145,7 +145,7 @@ def explain(
     if serve and (as_json or len(missing) < len(place)):
         raise InvalidProblem("--serve goes with neither --json nor --layer, --channel and --at")
     path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
-    _check_out(path, [image, model, weights])
+    check_out(path, [image, model, weights])
     given = open_model(model, weights, input)
     picture = read_picture_for(image, given)
     if layer is not None and channel is not None and at is not None:
@@ -223,15 +223,6 @@ def _print(
             err=True,
         )
         raise typer.Exit(1)
-
-
-def _check_out(path: Path, read: Sequence[Path | str | None]) -> None:
-    """InvalidProblem for a page that could not be written, or that would replace what is read."""
-    if path.is_dir():
-        raise InvalidProblem(f"--out {path}: is a folder, expected a file")
-    for other in read:
-        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
-            raise InvalidProblem(f"--out {path}: would overwrite {other}, which is read")
 
 
 def _say(page: Page, path: Path) -> None:
