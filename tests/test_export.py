@@ -10,12 +10,13 @@ import pytest
 import tiny
 import tiny_networks
 import torch
+import torch.nn.functional as F
 from export_tools import NETWORK, RUN, net, operators, printed, refused, run_onnx
 from run_tools import done, options
 from torch import Tensor, nn
 
 import neocog
-from neocog import exporting, models
+from neocog import exporting, interchange, models
 from neocog.checkpoint import Preprocessing, load_model
 
 SOURCES = str(Path(neocog.__file__).parent)
@@ -161,6 +162,25 @@ def test_neocogs_layers_come_out_as_standard_operators(tmp_path: Path, ending: s
     known = "aten." if ending == ".pt2" else "::"
     assert {name for name in found if not name.startswith(known)} <= {"<built-in function getitem>"}
     assert found >= ({"::Conv", "::MaxPool"} if ending == ".onnx" else {"aten.conv2d.default"})
+
+
+@pytest.mark.parametrize("ceil", [False, True])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding"), [(3, 2, 1), ((4, 3), (3, 2), (2, 1)), (2, 3, 0), (3, (), 0)]
+)
+def test_a_pool_with_a_divisor_is_spelled_out(
+    size: Any, stride: Any, padding: Any, ceil: bool
+) -> None:
+    """Windows hold at most 12 numbers of at most 9, whose sums are exact; then come two roundings.
+
+    The quotients are at most 108 / 5 < 32, where float32 steps by 2^-19.
+    """
+    torch.manual_seed(0)
+    x = torch.randint(-9, 10, (2, 3, 13, 16)).float()
+    options = (size, stride, padding, ceil, True, 5)
+    wanted = F.avg_pool2d(x, *options)
+    got = interchange.SPELLED_OUT[torch.ops.aten.avg_pool2d.default](x, *options)
+    assert got.shape == wanted.shape and (got - wanted).abs().max() <= 2 * 2.0**-19
 
 
 @pytest.mark.slow

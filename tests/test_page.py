@@ -286,6 +286,7 @@ def test_the_command_says_what_is_picture_only(workplace: Path) -> None:
         (["--budget", "1e308"], "--budget 1e+308"),
         (["--layers", "nine"], "no layer 'nine'"),
         (["--out", "."], "--out .: is a folder"),
+        (["--out", "no/x.html"], "--out no/x.html: no is no folder"),
         (["--serve", "--json"], "--serve goes with neither"),
     ],
 )
