@@ -17,9 +17,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from neocog import contenders
+from neocog import answering
+from neocog.answering import serve
 from neocog.architectures import ARCHITECTURES, Architecture
-from neocog.contenders import ENGINES, Contender, Engine, Task, serve
+from neocog.contenders import ENGINES, Contender, Engine, Task
 from neocog.race import Case, Race, Settings, command_of
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the race needs Linux")
@@ -120,11 +121,11 @@ def test_a_call_longer_than_the_sample_is_made_once(tmp_path: Path, engine: Any)
 
     def slow(model: nn.Module, x: Tensor) -> None:
         calls.append(time.monotonic())
-        time.sleep(contenders.LONG_CALL + 0.01 if len(calls) > 1 else 0)
+        time.sleep(answering.LONG_CALL + 0.01 if len(calls) > 1 else 0)
 
     found = contender(tmp_path, engine(slow))
     _, timed = answers(found, {"do": "prepare"}, {"do": "time", "seconds": 0.01})
-    assert timed["calls"] == 1 and timed["ms"] > 1e3 * contenders.LONG_CALL
+    assert timed["calls"] == 1 and timed["ms"] > 1e3 * answering.LONG_CALL
     assert len(calls) == 2
 
 

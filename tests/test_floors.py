@@ -31,7 +31,8 @@ FLOORS = {
         "strokes images idx folders data "
         "files factories models checkpoint augmentation evaluation training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
-        "layer_times contenders race interchange exporting"
+        "layer_times answering contenders race training_contenders training_race "
+        "interchange exporting"
     ),
     10: "web cli __main__",
 }
@@ -74,8 +75,11 @@ BESIDE = {
     "tracing": "layers sight",
     "scenes": "layers sight",
     "network_benchmark": "architectures models benchmark",
-    "contenders": "architectures benchmark",
+    "answering": "benchmark",
+    "contenders": "answering architectures",
     "race": "contenders",
+    "training_contenders": "answering architectures contenders",
+    "training_race": "race training_contenders",
     "layer_times": "benchmark",
     "diagnosis": "benchmark",
     "cli": "web",

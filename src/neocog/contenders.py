@@ -13,41 +13,38 @@ builds the network with fixed weights and then answers requests, one JSON object
                                     neocog-freeze only
     {"do": "memory"}                {"peak_mb", "steady_mb"} over the built network, {"winograd_mb"}
 
-An answer is {"ok": true, ...}, or {"ok": false, "reason": "..."}. It ends when stdin does. Whatever
-libraries print goes to stderr. Every engine is given the same float32 [N, C, H, W] tensor (or a
-NumPy array on the same memory) at each call and returns logits [N, classes].
+How it answers: see :mod:`neocog.answering`. Every engine is given the same float32 [N, C, H, W]
+tensor (or a NumPy array on the same memory) at each call and returns logits [N, classes].
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import importlib
-import json
-import os
-import signal
-import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .answering import (
+    Mode,
+    Run,
+    answering,
+    forget_peak,
+    median_call,
+    processor_peak,
+    resident,
+    serve,
+)
 from .architectures import ARCHITECTURES, randomise_batch_norms
 
-Run = Callable[[], Any]
-"""One call: logits as a Tensor or as an array."""
-
 SEED = 0
-
-LONG_CALL = 0.25
-"""Seconds from which on a call warms the caches for itself."""
 
 
 @dataclass(frozen=True)
@@ -290,6 +287,8 @@ ENGINES: dict[str, Engine] = {
 class Contender:
     """Answers the requests for one task."""
 
+    mode: Mode = torch.inference_mode
+
     def __init__(self, task: Task) -> None:
         torch.set_num_threads(task.threads)
         found = ARCHITECTURES[task.network]
@@ -315,8 +314,8 @@ class Contender:
 
     def prepare(self) -> dict[str, Any]:
         """Seconds of the import, until there is something to call, and of its first call."""
-        self.base = _memory("VmRSS")
-        _forget_peak()
+        self.base = resident("VmRSS")
+        forget_peak()
         before = time.perf_counter()
         importlib.import_module(self.engine.module)
         start = time.perf_counter()
@@ -341,93 +340,30 @@ class Contender:
 
     def time(self, seconds: float) -> dict[str, Any]:
         """The median call among those of about so many seconds, one at least."""
-        taken = _seconds(self.run)
-        if taken < LONG_CALL:  # else it counts, for it has warmed the caches for itself
-            taken = _seconds(self.run)
-        calls = [taken, *(_seconds(self.run) for _ in range(int(seconds / taken)))]
-        return {"ms": 1e3 * statistics.median(calls), "calls": len(calls)}
+        return median_call(self.run, seconds)
 
     def limit(self) -> dict[str, Any]:
         """What the processor could do at most, and what one call asks of it by definition."""
-        from .benchmark import peak_program
         from .freezing import Frozen
-        from .target import host
 
-        program, buffers, work = peak_program(host(), self.task.threads)
-        addresses = [t.data_ptr() for t in buffers]
-        run = functools.partial(program.run, *addresses, threads=self.task.threads)
-        _seconds(run)
         frozen = self.run.func if isinstance(self.run, functools.partial) else self.run
         assert isinstance(frozen, Frozen)
         asked = sum(node.multiply_adds for node in frozen.plans[-1].network.nodes)
-        return {"peak": work / _seconds(run), "multiply_adds": asked}
+        return {"peak": processor_peak(self.task.threads), "multiply_adds": asked}
 
     def memory(self) -> dict[str, Any]:
         """Growth of resident memory over the built network, at its peak and now."""
-        peak, now = _memory("VmHWM") - self.base, _memory("VmRSS") - self.base
+        peak, now = resident("VmHWM") - self.base, resident("VmRSS") - self.base
         found = {"peak_mb": 1e-6 * max(peak, 0), "steady_mb": 1e-6 * max(now, 0)}
         tell = self.engine.winograd
         return found | {"winograd_mb": None if tell is None else 1e-6 * tell(self.run)}
-
-
-def _seconds(run: Run) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
-
-
-def _memory(field: str) -> int:
-    """Bytes, from Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
-def _forget_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def serve(contender: Contender, requests: TextIO, answers: TextIO) -> None:
-    """Answers one request after the other, until nobody asks any more."""
-    for line in requests:
-        request = json.loads(line)
-        name = request.pop("do")
-        try:
-            with torch.inference_mode():
-                answer = {"ok": True, **getattr(contender, name)(**request)}
-        except Exception as error:  # whatever goes wrong in an engine is a row of the race
-            answer = failed(error)
-        print(json.dumps(answer), file=answers, flush=True)
-
-
-def failed(error: Exception) -> dict[str, Any]:
-    """The answer that says why there is none, in one line."""
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return {"ok": False, "reason": f"{type(error).__name__}: {lines[0]}"[:300]}
-
-
-def _end_with_the_parent() -> None:
-    """Else a conductor that is killed would leave stopped processes behind for ever."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-
-
-@contextlib.contextmanager
-def _answers_apart() -> Iterator[TextIO]:
-    """Our stdout for answers alone; what others print to it, in C too, goes to stderr."""
-    sys.stdout.flush()
-    with os.fdopen(os.dup(1), "w") as answers:
-        os.dup2(2, 1)
-        yield answers
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The process: see the module's docstring."""
     engine, network, batch, threads, folder = sys.argv[1:] if arguments is None else arguments
     task = Task(engine, network, int(batch), int(threads), Path(folder))
-    _end_with_the_parent()
-    with _answers_apart() as answers:
+    with answering() as answers:
         serve(Contender(task), sys.stdin, answers)
 
 

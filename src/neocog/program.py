@@ -316,3 +316,8 @@ def _arena_of_this_thread(size: int) -> int:
         _local.arena = None  # free the old one before the new one is made
         arena = _local.arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
     return -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+
+
+def free_scratch() -> None:
+    """Free the arena that this thread keeps between calls; its next call makes a new one."""
+    _local.arena = None

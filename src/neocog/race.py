@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import groupby
@@ -82,15 +82,18 @@ class Child:
     A context manager: at its end the process is gone, whatever happened.
     """
 
-    def __init__(self, task: Task, settings: Settings) -> None:
+    def __init__(
+        self, task: Task, settings: Settings, environment: Mapping[str, str] | None = None
+    ) -> None:
         self.task = task
         self.settings = settings
         self.log = settings.folder / f"{task.engine}.log"
         caches = settings.folder / "caches" / task.engine
-        environment = os.environ | {
+        surroundings = os.environ | {
             "OMP_NUM_THREADS": str(task.threads),
             "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
             "NEOCOG_CACHE_DIR": str(caches / "neocog"),
+            **(environment or {}),
         }
         with self.log.open("wb") as log:
             try:
@@ -99,7 +102,7 @@ class Child:
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=log,
-                    env=environment,
+                    env=surroundings,
                 )
             except OSError as error:
                 raise Failed(f"starting it: {error}") from None
@@ -156,12 +159,57 @@ class Child:
         return f"{do}: the process ended with {how}: {lines[-1] if lines else 'it said nothing'}"
 
 
-class Race:
+class Conductor:
+    """Lets engines take turns: what every race has in common.
+
+    Attributes:
+        measures_limit: the engine whose process also measures the processor's peak.
+    """
+
+    measures_limit = FREEZE
+
+    def __init__(self, settings: Settings, engines: Sequence[str]) -> None:
+        self.settings = settings
+        self.engines = tuple(engines)
+
+    def child(self, engine: str, case: Case, environment: Mapping[str, str] | None = None) -> Child:
+        """A new process for one engine, with so much more in its environment."""
+        task = Task(engine, case.network, case.batch, case.threads, self.settings.folder)
+        return Child(task, self.settings, environment)
+
+    def take_turns(
+        self, children: dict[str, Child], failures: dict[str, str]
+    ) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
+        """Milliseconds of each engine in each round, and the processor's peak in each."""
+        taken: dict[str, list[float]] = {engine: [] for engine in children}
+        peaks = []
+        for _ in range(self.settings.rounds):
+            sample = self.settings.sample
+            for engine, answer in self.each(children, failures, "time", seconds=sample):
+                taken[engine].append(answer["ms"])
+            if self.measures_limit in children:
+                with suppress(Failed):
+                    peaks.append(children[self.measures_limit].ask("limit"))
+        return taken, peaks
+
+    def each(
+        self, children: dict[str, Child], failures: dict[str, str], do: str, **more: Any
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Asks one child after the other; who fails is left out from then on."""
+        for engine, child in list(children.items()):
+            time.sleep(self.settings.pause)
+            try:
+                yield engine, child.ask(do, **more)
+            except Failed as failure:
+                failures[engine] = str(failure)
+                del children[engine]
+
+
+class Race(Conductor):
     """Runs cases one after the other."""
 
     def __init__(self, settings: Settings, engines: Sequence[str] = tuple(ENGINES)) -> None:
-        self.settings = settings
-        self.engines = tuple(engines)
+        super().__init__(settings, engines)
         self._once: dict[tuple[str, ...], str | None] = {}
 
     def run(self, case: Case, cold_start: bool = False) -> list[Row]:
@@ -177,7 +225,7 @@ class Race:
             for engine in self.engines:
                 try:
                     self._write_files(engine, case)
-                    child = stack.enter_context(self._child(engine, case))
+                    child = stack.enter_context(self.child(engine, case))
                     prepared = child.ask("prepare")
                     errors[engine] = _right(child.ask("check")["error"])
                     children[engine] = child
@@ -186,9 +234,9 @@ class Race:
                     continue
                 if cold_start:
                     rows.append(_row("cold start", case, engine, cache="empty", **prepared))
-            times, peaks = self._take_turns(children, failures)
+            times, peaks = self.take_turns(children, failures)
             # Who cannot tell has a time all the same.
-            memory = dict(self._each(dict(children), {}, "memory"))
+            memory = dict(self.each(dict(children), {}, "memory"))
         for engine, answer in memory.items():
             rows.append(_row("memory", case, engine, **answer))
         if peaks:
@@ -197,10 +245,6 @@ class Race:
         if cold_start:
             rows += self._warm_starts(case, children)
         return [*self._times(case, times, errors, failures), *rows]
-
-    def _child(self, engine: str, case: Case) -> Child:
-        task = Task(engine, case.network, case.batch, case.threads, self.settings.folder)
-        return Child(task, self.settings)
 
     def _write_files(self, engine: str, case: Case) -> None:
         """The float64 result and the engine's own file, each once for all threads."""
@@ -213,7 +257,7 @@ class Race:
         if key not in self._once:
             self._once[key] = None
             try:
-                with self._child(engine, case) as child:
+                with self.child(engine, case) as child:
                     child.ask(do)
             except Failed as failure:
                 self._once[key] = str(failure)
@@ -221,38 +265,11 @@ class Race:
         if reason is not None:
             raise Failed(reason)
 
-    def _take_turns(
-        self, children: dict[str, Child], failures: dict[str, str]
-    ) -> tuple[dict[str, list[float]], list[dict[str, float]]]:
-        """Milliseconds of each engine in each round, and the processor's peak in each."""
-        taken: dict[str, list[float]] = {engine: [] for engine in children}
-        peaks = []
-        for _ in range(self.settings.rounds):
-            sample = self.settings.sample
-            for engine, answer in self._each(children, failures, "time", seconds=sample):
-                taken[engine].append(answer["ms"])
-            if FREEZE in children:
-                with suppress(Failed):
-                    peaks.append(children[FREEZE].ask("limit"))
-        return taken, peaks
-
-    def _each(
-        self, children: dict[str, Child], failures: dict[str, str], do: str, **more: Any
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Asks one child after the other; who fails is left out from then on."""
-        for engine, child in list(children.items()):
-            time.sleep(self.settings.pause)
-            try:
-                yield engine, child.ask(do, **more)
-            except Failed as failure:
-                failures[engine] = str(failure)
-                del children[engine]
-
     def _warm_starts(self, case: Case, children: dict[str, Child]) -> Iterator[Row]:
         """New processes that find what the first ones left on disk."""
         for engine in children:
             try:
-                with self._child(engine, case) as child:
+                with self.child(engine, case) as child:
                     yield _row("cold start", case, engine, cache="warm", **child.ask("prepare"))
             except Failed:  # it has a time, and failed only the second time
                 continue

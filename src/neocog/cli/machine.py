@@ -46,13 +46,16 @@ NetworksOption = Annotated[
 LayersOption = Annotated[
     bool, typer.Option("--layers", help="Well-known networks, layer by layer.")
 ]
+TrainingOption = Annotated[
+    bool, typer.Option("--training", help="Steps of training, beside PyTorch and Inductor.")
+]
 JsonFileOption = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Also write the rows as JSON; - prints them."),
 ]
 PlotOption = Annotated[
     Path | None,
-    typer.Option("--plot", metavar="FILE", help="Of --networks: the ratios as a PNG file."),
+    typer.Option("--plot", metavar="FILE", help="Of --networks, --training: the ratios as PNG."),
 ]
 CountsOption = Annotated[
     str | None,
@@ -64,12 +67,21 @@ CountsOption = Annotated[
     ),
 ]
 BatchesOption = Annotated[
-    str, typer.Option("--batches", metavar="N[,N]", help="Of --networks, --layers: pictures.")
+    str | None,
+    typer.Option(
+        "--batches",
+        metavar="N[,N]",
+        help="Of --networks, --layers, --training: pictures.",
+        show_default=f"{BATCHES}; --training: each network's own",
+    ),
 ]
 EnginesOption = Annotated[
     str | None,
     typer.Option(
-        "--engines", metavar="NAME[,NAME]", help="Of --networks.", show_default="all of them"
+        "--engines",
+        metavar="NAME[,NAME]",
+        help="Of --networks, --training.",
+        show_default="all of them",
     ),
 ]
 PeersOption = Annotated[
@@ -89,7 +101,7 @@ RoundsOption = Annotated[
     typer.Option(
         "--rounds",
         help="Samples of each contender; their median counts.",
-        show_default=f"{ROUNDS}; --networks: {RACE_ROUNDS}",
+        show_default=f"{ROUNDS}; --networks, --training: {RACE_ROUNDS}",
     ),
 ]
 
@@ -99,10 +111,11 @@ def bench(
     network: NetworkOption = False,
     networks: NetworksOption = False,
     layers: LayersOption = False,
+    training: TrainingOption = False,
     json_file: JsonFileOption = None,
     plot: PlotOption = None,
     threads: CountsOption = None,
-    batches: BatchesOption = BATCHES,
+    batches: BatchesOption = None,
     engines: EnginesOption = None,
     peers: PeersOption = None,
     filter: FilterOption = "",
@@ -111,32 +124,37 @@ def bench(
     """Measure neocog's kernels beside the processor's peak and PyTorch, in one run.
 
     --networks: whole networks beside the engines that `make peers` installs; that takes an hour.
+    --training: whole steps of training beside PyTorch eager and Inductor, and what they keep.
     """
     from .machine_view import what_can_be_measured
 
-    if not (blocks or network or networks or layers):
+    alone = {"--networks": networks, "--layers": layers, "--training": training}
+    chosen = [option for option, given in alone.items() if given]
+    if not (blocks or network or chosen):
         typer.echo(what_can_be_measured())
         return
     _check_options(json_file, plot, rounds)
-    if networks or layers:
-        if blocks or network or (networks and layers):
-            alone = "--networks" if networks else "--layers"
-            raise InvalidProblem(f"{alone}: alone, without other things to measure")
-        if networks and sys.platform != "linux":
+    if chosen:
+        if blocks or network or len(chosen) > 1:
+            raise InvalidProblem(f"{chosen[0]}: alone, without other things to measure")
+        if not layers and sys.platform != "linux":
             raise InvalidProblem(
-                f"--networks: needs Linux to stop idle engines, not {sys.platform}"
+                f"{chosen[0]}: needs Linux to stop idle engines, not {sys.platform}"
             )
+        python = sys.executable if peers is None else str(peers)
+        if training:
+            _race_training(batches, threads, filter, engines, rounds, python, json_file, plot)
+            return
         from . import race_view
 
         counts = _numbers("--threads", threads or RACE_THREADS, _processors())
-        cases = race_view.cases(_numbers("--batches", batches), counts, filter)
+        cases = race_view.cases(_numbers("--batches", batches or BATCHES), counts, filter)
         _check_filter(filter, cases)
         if layers:
             _time_layers(cases, rounds or ROUNDS, json_file)
             return
-        chosen = race_view.engines(engines)
-        python = sys.executable if peers is None else str(peers)
-        _race(cases, chosen, rounds or RACE_ROUNDS, python, json_file, plot)
+        names = race_view.engines(engines)
+        _race(cases, names, rounds or RACE_ROUNDS, python, json_file, plot)
         return
     count, *more = _numbers("--threads", threads or "1", _processors())
     if more:
@@ -194,6 +212,39 @@ def _race(
     _print_kept(rows, json_file)
     if plot_file is not None:
         write_atomically(plot_file, race_view.plot(rows))
+
+
+def _race_training(
+    batches: str | None,
+    threads: str | None,
+    filter: str,
+    engines: str | None,
+    rounds: int | None,
+    python: str,
+    json_file: Path | None,
+    plot_file: Path | None,
+) -> None:
+    from ..files import write_atomically
+    from ..training_contenders import ENGINES
+    from . import training_race_view
+    from .race_view import engines as named
+    from .race_view import wide_console
+
+    counts = _numbers("--threads", threads or "1", _processors())
+    pictures = None if batches is None else _numbers("--batches", batches)
+    cases = training_race_view.cases(pictures, counts, filter)
+    _check_filter(filter, cases)
+    rows = training_race_view.show_training(
+        wide_console(quiet=_is_printed(json_file)),
+        cases,
+        named(engines, ENGINES),
+        rounds or RACE_ROUNDS,
+        python,
+        _keeper(json_file),
+    )
+    _print_kept(rows, json_file)
+    if plot_file is not None:
+        write_atomically(plot_file, training_race_view.plot(rows))
 
 
 def _time_layers(cases: Sequence[Case], rounds: int, json_file: Path | None) -> None:

@@ -49,6 +49,7 @@ def what_can_be_measured() -> str:
         f"neocog bench --network  {ARCHITECTURE}, inference and training step, and PyTorch's time\n"
         "neocog bench --networks well-known networks, and the times of other engines\n"
         "neocog bench --layers   the same networks, layer by layer\n"
+        "neocog bench --training steps of training and their memory, beside PyTorch and Inductor\n"
         "neocog bench --help     all options"
     )
 

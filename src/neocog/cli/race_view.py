@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -67,12 +67,12 @@ def cases(batches: Sequence[int], threads: Sequence[int], filter: str) -> list[C
     return [case for case in found if filter in str(case)]
 
 
-def engines(names: str | None) -> list[str]:
+def engines(names: str | None, known: Collection[str] = ENGINES) -> list[str]:
     """Names with commas between them, all without; InvalidProblem for an unknown one."""
-    found = list(ENGINES) if names is None else list(dict.fromkeys(names.split(",")))
+    found = list(known) if names is None else list(dict.fromkeys(names.split(",")))
     for name in found:
-        if name not in ENGINES:
-            raise InvalidProblem(f"--engines {name}: expected some of {', '.join(ENGINES)}")
+        if name not in known:
+            raise InvalidProblem(f"--engines {name}: expected some of {', '.join(known)}")
     return found
 
 
@@ -94,7 +94,7 @@ def show_race(
 ) -> list[Row]:
     """Runs the cases, shows each as it is done, and hands all rows so far to ``keep``."""
     rows: list[Row] = []
-    table = _table("networks, ms", [*engines, "lead", "of the limit", "compile's lead"])
+    table = race_table("networks, ms", [*engines, "lead", "of the limit", "compile's lead"])
     # No refreshing thread: it would disturb what is being measured.
     with Live(table, console=console, auto_refresh=False) as live:
         for _, group in groupby(cases, key=lambda case: case.network):
@@ -138,9 +138,9 @@ def _time_cells(rows: Sequence[Row], engines: Sequence[str]) -> list[str | Text]
     return [
         str(standing.case),
         *(_time(standing, engine) for engine in engines),
-        _ratio(standing.lead),
+        ratio_text(standing.lead),
         "-" if standing.share is None else f"{standing.share:.0%}",
-        _ratio(standing.compile_lead),
+        ratio_text(standing.compile_lead),
     ]
 
 
@@ -157,7 +157,8 @@ def milliseconds(ms: float) -> str:
     return f"{ms:.{digits}f}"
 
 
-def _ratio(ratio: float | None) -> Text:
+def ratio_text(ratio: float | None) -> Text:
+    """Red where it is not what is required."""
     if ratio is None:
         return Text("-")
     return Text(f"{ratio:.2f}", style="" if ratio >= REQUIRED else "red")
@@ -165,7 +166,7 @@ def _ratio(ratio: float | None) -> Text:
 
 def _memory(rows: Sequence[Row], engines: Sequence[str]) -> Table:
     title = "memory over the built network, MB: at its peak / afterwards (Winograd weights in it)"
-    table = _table(title, engines)
+    table = race_table(title, engines)
     found = [row for row in rows if row["what"] == "memory"]
     for case, group in groupby(found, key=case_of):
         cells = {row["engine"]: _megabytes(row) for row in group}
@@ -182,7 +183,7 @@ def _cold_starts(rows: Sequence[Row], engines: Sequence[str]) -> Table:
     title = (
         "cold start, s: preparing a built or converted network and its first call (+ the import)"
     )
-    table = _table(title, engines)
+    table = race_table(title, engines)
     found = [row for row in rows if row["what"] == "cold start"]
     for (case, cache), group in groupby(found, key=lambda row: (case_of(row), row["cache"])):
         cells = {row["engine"]: _seconds(row) for row in group}
@@ -195,7 +196,8 @@ def _seconds(row: Row) -> str:
     return f"{row['prepare_s'] + row['first_call_s']:.2f} (+{row['import_s']:.2f})"
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def race_table(title: str, columns: Sequence[str]) -> Table:
+    """An empty table of cases, with a column for each engine and what follows from them."""
     table = plain_table(title, show_edge=False)
     table.add_column("network", overflow="fold")
     for name in columns:
