@@ -4,6 +4,7 @@
 # make bench   how near the kernels come to the machine's peak; results go to benchmarks/
 # make peers   the engines neocog is raced against, into an environment of their own
 # make race    whole networks beside those engines, which takes an hour; results go to benchmarks/
+# make training-race  whole steps of training beside PyTorch and Inductor; results go to benchmarks/
 # make browser the Chromium that the browser tests drive, from Debian's packages
 # make install only the set-up, which all of the above do by themselves
 #
@@ -24,7 +25,7 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH
 WORKERS ?= 2
 PYTEST_ARGS ?=
 
-.PHONY: install browser demo test check bench peers race clean
+.PHONY: install browser demo test check bench peers race training-race clean
 
 install: $(INSTALLED)
 
@@ -77,6 +78,11 @@ $(PEERS)/.installed: benchmarks/peers.txt pyproject.toml | $(BIN)/python
 race: install peers
 	$(BIN)/neocog bench --networks --peers $(PEERS)/bin/python \
 	  --json benchmarks/networks.json --plot benchmarks/networks.png
+
+# Its engines are PyTorch's own: it needs no peers. Inductor needs a C++ compiler.
+training-race: install
+	$(BIN)/neocog bench --training --threads 1,2 \
+	  --json benchmarks/training.json --plot benchmarks/training.png
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -27,11 +27,17 @@ def answer(do: str) -> dict:
     return {"ok": True, **ANSWERS.get(do, dict)()}
 
 
+NAN = float("nan")
+LOSSES = {"wrong": [2.0, 1.1, 0.5], "nan": [2.0, NAN, 0.5]}
 ANSWERS = {
     "prepare": lambda: {"import_s": 2.0, "prepare_s": 0.5, "first_call_s": 0.25},
-    "check": lambda: {"error": {"wrong": 0.5, "nan": float("nan")}.get(engine, 1e-6)},
+    "check": lambda: {"error": {"wrong": 0.5, "nan": NAN}.get(engine, 1e-6)},
     "time": lambda: {"ms": next(times), "calls": 4},
     "limit": lambda: {"peak": 1e9, "multiply_adds": 1e6},
+    "kept": lambda: {"kept_bytes": 1000 if engine == "neocog" else 3000, "allocated_bytes": 1000},
+    "peak": lambda: {"peak_bytes": 2000, "gradient_bytes": 500},
+    "losses": lambda: {"losses": LOSSES.get(engine, [2.0, 1.0, 0.5])},
+    "reference": lambda: {"losses": [2.0, 1.0002]},
     "memory": lambda: {"peak_mb": 8.0, "steady_mb": 4.0, "winograd_mb": None},
 }
 

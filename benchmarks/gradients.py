@@ -1,0 +1,100 @@
+"""How far gradients are off: PyTorch eager, neocog, and neocog with exact=True against float64.
+
+    python benchmarks/gradients.py [--json FILE] [--filter TEXT]
+
+For each parameter: the largest difference from the gradient that PyTorch computes in float64, from
+the same weights, pictures and labels, over that gradient's largest value. Batch norms in training
+mode, dropout off. The table has the largest of each network, and where it is; JSON has all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neocog.architectures import ARCHITECTURES
+from neocog.training_contenders import without_dropout
+
+BATCH, CLASSES = 8, 10
+SHAPES = {
+    "digits": (1, 28, 28),
+    "vgg11": (3, 64, 64),
+    "resnet18": (3, 64, 64),
+    "mobilenet_v2": (3, 64, 64),
+}
+ENGINES: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda model: model,
+    "neocog": lambda model: torch.compile(model, backend="neocog"),
+    "neocog exact": lambda model: torch.compile(model, backend="neocog", options={"exact": True}),
+}
+
+
+def gradients(
+    model: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor
+) -> dict[str, Tensor]:
+    """Of the cross entropy, in float64, by parameter."""
+    F.cross_entropy(forward(x), labels).backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        found[name] = parameter.grad.double()
+    return found
+
+
+def measure(network: str) -> list[dict[str, Any]]:
+    """A row for each parameter of a network."""
+    torch.manual_seed(0)
+    start = ARCHITECTURES[network].make().train()
+    without_dropout(start)
+    x, labels = torch.randn(BATCH, *SHAPES[network]), torch.randint(CLASSES, (BATCH,))
+    exact = copy.deepcopy(start).double()
+    truth = gradients(exact, exact, x.double(), labels)
+    rows = [
+        {"network": network, "parameter": name, "largest": right.abs().max().item(), "errors": {}}
+        for name, right in truth.items()
+    ]
+    for engine, prepare in ENGINES.items():
+        torch._dynamo.reset()
+        model = copy.deepcopy(start)
+        found = gradients(model, prepare(model), x, labels)
+        for row in rows:
+            right = truth[row["parameter"]]
+            error = (found[row["parameter"]] - right).abs().max().item()
+            row["errors"][engine] = error / row["largest"] if row["largest"] else error
+    return rows
+
+
+def show(network: str, rows: list[dict[str, Any]]) -> None:
+    """The largest error of each engine, and of which parameter it is."""
+    cells = []
+    for engine in ENGINES:
+        worst = max(rows, key=lambda row: row["errors"][engine])
+        cells.append(f"{worst['errors'][engine]:8.1e} {worst['parameter']:24}")
+    print(f"{network:14}" + "".join(cells), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--filter", default="")
+    options = parser.parse_args()
+    print(f"{'network':14}" + "".join(f"{engine:33}" for engine in ENGINES))
+    rows = []
+    for network in (name for name in SHAPES if options.filter in name):
+        found = measure(network)
+        show(network, found)
+        rows += found
+        if options.json is not None:
+            options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
