@@ -57,7 +57,7 @@ class Lesson:
     rate: float
 
 
-LESSONS = {"digits": Lesson(digits, 64, 0.05), "resnet18": Lesson(noisy_classes, 16, 0.01)}
+LESSONS = {"digits": Lesson(digits, 64, 0.01), "resnet18": Lesson(noisy_classes, 16, 0.01)}
 
 ENGINES: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,

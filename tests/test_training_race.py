@@ -246,7 +246,6 @@ SCRIPT = """
     ARCHITECTURES["tiny"] = Architecture("tiny", tiny, (1, 6, 6))
     WORKLOADS["tiny"] = Workload((2,), (1, 6, 6))
     ENGINES["forgets"] = Engine(forgets, "no gradient for the convolution")
-    ENGINES["breaks"] = Engine(lambda model, x: (lambda x: x[9], x), "nothing")
     training_contenders.main()
 """
 
@@ -257,14 +256,13 @@ def test_real_processes_race(tmp_path: Path) -> None:
     script.write_text(textwrap.dedent(SCRIPT))
     command = (sys.executable, str(script))
     settings = Settings(tmp_path, rounds=1, sample=1e-3, pause=0, command=command)
-    engines = ("eager", "forgets", "breaks", "neocog")
+    engines = ("eager", "forgets", "neocog")
     found = steps(TrainingRace(settings, engines).run(TINY))
     for name in ("eager", "neocog"):
         assert found[name]["failure"] is None, found
         assert found[name]["step_ms"] > 0 and found[name]["error"] < 1e-5
         assert found[name]["kept_bytes"] > 0 and found[name]["gradient_bytes"] == 4 * 690
     assert found["forgets"]["failure"].startswith("losses: [")
-    assert found["breaks"]["failure"].startswith("prepare: IndexError: ")
 
 
 # the command

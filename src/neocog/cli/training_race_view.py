@@ -133,11 +133,10 @@ def plot(rows: Sequence[Row]) -> bytes:
     height = FRAME + BAR * (len(COMPARED) + 1) * len(found)
     figure = Figure(figsize=(WIDE, height), layout="constrained")
     axes = figure.subplots()
-    inside: dict[str, Any] = {
+    beside: dict[str, Any] = {
         "xytext": (4, 0),
         "textcoords": "offset points",
         "va": "center",
-        "color": "white",
         "fontsize": "small",
     }
     for number, standing in enumerate(found):
@@ -146,7 +145,8 @@ def plot(rows: Sequence[Row]) -> bytes:
             if lead is not None:
                 axes.barh(place, lead, height=0.9, color=COLOURS[what])
                 text = f"{NAMES[what]}: {lead:.2f} over {standing.best_peer(what)}"
-                axes.annotate(text, (0, place), **inside)
+                axes.annotate(text, (lead, place), **beside)
+    axes.margins(x=0.6)  # room for the words
     for value, style in ((REQUIRED, "-"), (GOAL, ":")):
         axes.axvline(value, color="black", linestyle=style, linewidth=0.8)
     places = [number * (len(COMPARED) + 1) + 1 for number in range(len(found))]
