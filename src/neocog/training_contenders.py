@@ -19,6 +19,7 @@ A step is zero_grad(set_to_none=True), forward, cross entropy, backward, SGD wit
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import statistics
 import sys
@@ -161,7 +162,7 @@ class Contender:
 
     def limit(self) -> dict[str, Any]:
         """What the processor could do at most, and what one step asks of it by definition."""
-        return {"peak": processor_peak(self.task.threads), "multiply_adds": self._multiply_adds()}
+        return {"peak": processor_peak(self.task.threads), "multiply_adds": self._multiply_adds}
 
     def kept(self) -> dict[str, Any]:
         """What is alive between forward and backward because autograd keeps it.
@@ -214,6 +215,7 @@ class Contender:
         """Otherwise the loss of the one batch would go to zero in a long race."""
         self.model.load_state_dict(self.start)
 
+    @functools.cached_property
     def _multiply_adds(self) -> int:
         """Of a step: each layer's for its result and the gradients of its weight and its input."""
         found = []
