@@ -23,9 +23,11 @@ FLOORS = {
     5: "cpu",
     6: (
         "program kernels maps pools convolutions depthwise_gradients weight_gradients compiler "
-        "winograd_steps choices bands layer_calls capture fusion stages partition parameters tuning"
+        "winograd_steps choices bands layer_calls capture fusion stages partition parameters tuning "
+        "memory norm_steps training_calls training_fusion kept training_steps training_forward "
+        "training_backward"
     ),
-    7: "execution handback ops running",
+    7: "execution handback ops running learned learning",
     8: "functional nn freezing reports backend",
     9: (
         "strokes images idx folders data "
@@ -55,6 +57,19 @@ BESIDE = {
     "partition": "choices stages",
     "parameters": "choices convolutions kernels program stages",
     "tuning": "choices maps stages",
+    "norm_steps": "kernels maps program",
+    "training_calls": "layer_calls",
+    "training_fusion": "fusion",
+    "kept": "maps norm_steps program",
+    "training_steps": (
+        "choices convolutions kept kernels maps norm_steps pools program winograd_steps"
+    ),
+    "training_forward": "choices convolutions fusion kept maps norm_steps pools program "
+    "training_steps",
+    "training_backward": "convolutions kept maps norm_steps pools program training_steps "
+    "weight_gradients",
+    "learned": "execution handback",
+    "learning": "learned",
     "ops": "execution handback",
     "running": "execution",
     "backend": "freezing reports",
