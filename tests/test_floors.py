@@ -23,9 +23,9 @@ FLOORS = {
     5: "cpu",
     6: (
         "program kernels maps pools convolutions depthwise_gradients weight_gradients compiler "
-        "winograd_steps choices bands layer_calls capture fusion stages partition parameters tuning "
-        "memory norm_steps training_calls training_fusion kept training_steps training_forward "
-        "training_backward"
+        "winograd_steps winograd_gradients choices bands layer_calls capture fusion stages partition "
+        "parameters tuning memory norm_steps training_calls training_fusion kept training_steps "
+        "training_forward training_backward"
     ),
     7: "execution handback ops running learned learning",
     8: "functional nn freezing reports backend",
@@ -47,7 +47,10 @@ BESIDE = {
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
     "depthwise_gradients": "convolutions kernels maps program",
-    "weight_gradients": "convolutions depthwise_gradients kernels maps program",
+    "winograd_gradients": "kernels maps program winograd_steps",
+    "weight_gradients": (
+        "convolutions depthwise_gradients kernels maps program winograd_gradients"
+    ),
     "compiler": "convolutions maps pools program weight_gradients",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",

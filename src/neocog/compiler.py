@@ -106,7 +106,8 @@ def backward(
         deliver(p, target, out, p.buffer("gx"), gx_layout, conv.in_shape)
     if "w" in needs or "bias" in needs:
         x = read(p, target, p.buffer("x"), x_layout, conv.in_shape, halo_of(conv))
-        weight_gradient_steps(p, target, conv, x, g, needs)
+        # Exact, as the forward pass: by kernels that serve every size once they are compiled.
+        weight_gradient_steps(p, target, conv, x, g, needs, exact=True)
     if "residual" in needs:
         copy_out(p, target, g, p.buffer("gresidual"), block.conv_shape)
     return p

@@ -92,7 +92,7 @@ class Taps:
 
 
 @dataclass(frozen=True)
-class _Loops:
+class Loops:
     """The loops over the outputs of a phase, and what a step of each is in every map."""
 
     batch: int
@@ -102,14 +102,14 @@ class _Loops:
     """(image, row, pixel) in elements: of the input, of the output, of the residual."""
 
     @classmethod
-    def of(cls, conv: Conv, phase: Taps, x: Map, *written: Map) -> _Loops:
+    def of(cls, conv: Conv, phase: Taps, x: Map, *written: Map) -> Loops:
         """As the maps lie."""
         rows, cols = phase.rows, phase.cols
         steps = [(x.image, rows.stride * x.row, cols.stride * x.pixel)]
         steps += [(m.image, rows.step * m.row, cols.step * m.pixel) for m in written]
         return cls(conv.batch, rows.count, cols.count, tuple(steps))
 
-    def merged(self) -> _Loops:
+    def merged(self) -> Loops:
         """The same outputs in fewer, longer rows, where no map has a gap between two of them.
 
         Tiles end with their row: rows of 7 pixels, or of 1, would waste much of them. All pixels
@@ -129,7 +129,7 @@ class _Loops:
             found.append((1, tuple(s[2] for s in self.steps)))
         (cols, _), (rows, _), (batch, _) = found
         steps = zip(*(step for _, step in reversed(found)), strict=True)
-        return _Loops(batch, rows, cols, tuple((a, b, c) for a, b, c in steps))
+        return Loops(batch, rows, cols, tuple((a, b, c) for a, b, c in steps))
 
     def fields(self) -> dict[str, Place | int]:
         """What a direct kernel wants to know."""
@@ -150,14 +150,14 @@ def plan_of(
 ) -> direct.DirectPlan:
     """The plan of the direct kernel for ``conv`` that serves maps of every size."""
     x = Map.dense(Place(0), *conv.in_shape[1:])
-    loops = [_Loops.of(conv, phase, x) for phase in _phases(conv)]
+    loops = [Loops.of(conv, phase, x) for phase in _phases(conv)]
     return _plan(target, conv, loops, epilogue, winners, any_size=True)
 
 
 def _plan(
     target: Target,
     conv: Conv,
-    loops: Sequence[_Loops],
+    loops: Sequence[Loops],
     epilogue: tuple[Step, ...],
     winners: bool,
     any_size: bool,
@@ -275,7 +275,7 @@ def convolve_packed(
             _depthwise(p, target, conv, x, packed, out, epilogue, extra)
             return
     residual = {"residual": _residual_map(extra)} if "residual" in extra else {}
-    loops = [_Loops.of(conv, phase, x, out, *residual.values()) for phase in phases]
+    loops = [Loops.of(conv, phase, x, out, *residual.values()) for phase in phases]
     if pooled is None and len(loops) == 1:
         merged = loops[0].merged()
         # Images that stand in for pixels are a step apart that depends on the size of the map.

@@ -17,6 +17,7 @@ from .cpu import (
     pool,
     pool_backward,
     weight_gradient,
+    winograd_gradient,
 )
 from .cpu.runtime import Kernel, cached
 
@@ -36,6 +37,7 @@ EMITTERS: dict[type, Callable[[Any], Kernel]] = {
     pool.PoolPlan: pool.emit,
     pool_backward.PoolBackwardPlan: pool_backward.emit,
     weight_gradient.WeightGradientPlan: weight_gradient.emit,
+    winograd_gradient.WinogradGradientPlan: winograd_gradient.emit,
 }
 
 

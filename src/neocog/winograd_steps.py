@@ -199,7 +199,7 @@ def cost(target: Target, conv: Conv, m: int = 4) -> float:
     """
     plan = plan_of(target, conv, (), m)
     tiles = tiles_of(plan, conv)
-    products = _products(plan, conv) * plan.channels * plan.m_row / PRODUCTS_SHARE
+    products = products_of(plan, conv) * plan.channels * plan.m_row / PRODUCTS_SHARE
     transforms = tiles * plan.planes * TRANSFORM_SLOTS[m] * (plan.v_row + plan.m_row)
     bytes_read = 4 * packed_elements(plan)
     if bytes_read <= CACHED_WEIGHTS or not tiles:
@@ -209,7 +209,7 @@ def cost(target: Target, conv: Conv, m: int = 4) -> float:
     return max(computed, read) + (1 - HIDDEN) * min(computed, read)
 
 
-def _products(plan: WinogradPlan, conv: Conv) -> int:
+def products_of(plan: WinogradPlan, conv: Conv) -> int:
     """Products for each pair of channels, of all tiles and phases."""
     grid, result = grid_of(plan, conv), conv.batch
     for name, tail in zip(("whole_y", "whole_x"), plan.tails, strict=True):
@@ -241,7 +241,7 @@ def convolve(
     """
     whole = plan_of(target, conv, epilogue, m)
     corner = x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel)
-    x = _fold(p, target, whole, conv, x, plane) if folds(conv) else replace(x, place=corner)
+    x = fold(p, target, whole, conv, x, plane) if folds(conv) else replace(x, place=corner)
     grid, tiles = grid_of(whole, conv), tiles_of(whole, conv)
     into, to = x.fields("x"), {**out.fields("out"), **extra}
     if tiles > STAGED_TILES:
@@ -254,7 +254,7 @@ def convolve(
         p.release(x.place)
 
 
-def _fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:
+def fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:
     """The input with its padding, the four phases of a pixel as its channels."""
     _, _, rows, cols = conv.out_shape
     rows, cols = rows + plan.taps - 1, cols + plan.taps - 1

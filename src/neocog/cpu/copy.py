@@ -284,20 +284,62 @@ def _pack_contiguous(e: Emitter, f, number: ir.Value, blocks: int) -> None:
         e.loop(0, size, square, step=e.lanes)
 
 
-def unpack_weights(target: Target, blocks: int) -> Kernel:
-    """The way back: ``w`` = the sum over ``chunks`` partial results, in order. Items as above."""
-    e = Emitter(target, f"unpack_weights_{blocks}")
+def unpack_weights(target: Target, blocks: int, contiguous: bool) -> Kernel:
+    """The way back: ``w`` = the sum over ``chunks`` partial results, in order.
+
+    Items: as above; if ``contiguous``, as many for each of the ``blocks`` vectors of a block.
+    """
+    e = Emitter(target, f"unpack_weights_{blocks}{'_contiguous' if contiguous else ''}")
     with e.kernel(WEIGHTS) as (f, begin, end, _):
 
         def vector(where: ir.Value, packed: ir.Value, mask: ir.Value) -> None:
-            def add(chunk: Int, total: ir.Value) -> list[ir.Value]:
-                return [e.b.fadd(total, e.vload(packed, e.mul(chunk, f.chunk_step)))]
-
-            (total,) = e.loop(1, f.chunks, add, [e.vload(packed)])
+            (total,) = _sums(e, f, packed, [0])
             e.scatter(total, where, f.w_out, mask)
 
-        _each_weight_vector(e, f, begin, end, blocks, vector)
+        if contiguous:
+            e.loop(begin, end, lambda item: _unpack_contiguous(e, f, item, blocks))
+        else:
+            _each_weight_vector(e, f, begin, end, blocks, vector)
     return compile_kernel(e, WEIGHTS)
+
+
+def _sums(e: Emitter, f, packed: ir.Value, places: list[Int]) -> list[ir.Value]:
+    """The vectors at some places of the partial results, summed over the chunks."""
+
+    def add(chunk: Int, *totals: ir.Value) -> list[ir.Value]:
+        here = e.at(packed, e.mul(chunk, f.chunk_step))
+        return [e.b.fadd(t, e.vload(here, p)) for t, p in zip(totals, places, strict=True)]
+
+    return e.loop(1, f.chunks, add, [e.vload(packed, place) for place in places])
+
+
+def _unpack_contiguous(e: Emitter, f, number: ir.Value, blocks: int) -> None:
+    """Squares of output channels x neighbouring weights, transposed in registers."""
+    width, size = blocks * e.lanes, e.mul(f.n_taps, f.channels)
+    whole, j = e.divmod(number, blocks)
+    group, block = e.divmod(whole, f.blocks_per_group)
+    first = e.add(e.mul(block, width), e.mul(j, e.lanes))
+    start = e.at(f.w, e.add(e.mul(group, f.group_step), e.mul(first, f.w_out)))
+    packed = e.at(f.packed, e.add(e.mul(whole, e.mul(size, width)), e.mul(j, e.lanes)))
+    rows = e.sub(f.out_channels, first)
+
+    def square(i: Int) -> None:
+        (channel, tap), places = e.divmod(i, f.n_taps), []
+        for column in range(e.lanes):
+            place = e.mul(e.add(e.mul(tap, f.channels), channel), width)
+            inside = e.less(e.add(i, column), size)
+            places.append(e.b.select(inside, place, I64(0)))
+            tap = e.add(tap, 1)
+            last = e.equal(tap, f.n_taps)
+            channel = e.b.select(last, e.add(channel, 1), channel)
+            tap = e.b.select(last, I64(0), tap)
+        columns = e.sub(size, i)
+        for r, vector in enumerate(transposed(e, _sums(e, f, packed, places))):
+            # No columns where the row is outside: an all-false mask touches no memory.
+            valid = e.b.select(e.less(r, rows), columns, I64(0))
+            e.vstore(vector, e.at(start, e.mul(f.w_out, r)), i, e.lane_mask(valid))
+
+    e.loop(0, size, square, step=e.lanes)
 
 
 def _each_weight_vector(e: Emitter, f, begin, end, blocks: int, visit) -> None:
@@ -311,14 +353,16 @@ def _each_weight_vector(e: Emitter, f, begin, end, blocks: int, visit) -> None:
         to = e.at(f.packed, e.mul(number, e.mul(rows, width)))
 
         def tap(t: Int) -> None:
-            at_tap = e.at(start, e.load(I64, f.taps, t))
+            place = e.load(I64, f.taps, t)
+            at_tap = e.at(start, place)
+            count = e.b.select(e.less(place, 0), I64(0), f.out_channels)  # none of what is no tap
 
             def channel(c: Int) -> None:
                 where = e.at(at_tap, e.mul(c, f.w_in))
                 packed = e.at(to, e.mul(e.add(e.mul(t, f.channels), c), width))
                 for j in range(blocks):
                     offset = j * e.lanes
-                    mask = e.lane_mask(e.sub(f.out_channels, e.add(first, offset)))
+                    mask = e.lane_mask(e.sub(count, e.add(first, offset)))
                     visit(e.at(where, e.mul(f.w_out, offset)), e.at(packed, offset), mask)
 
             e.loop(0, f.channels, channel)

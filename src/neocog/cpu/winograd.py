@@ -84,7 +84,7 @@ def emit(plan: WinogradPlan) -> Kernel:
         made.out = {kind: output_function(e, plan, kind) for kind in plan.kinds}
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
-        f.bounds = _bounds(e, plan, f)
+        f.bounds = bounds_of(e, plan, f)
         if plan.stage == "whole":
             f.v = e.at(f.scratch, e.mul(thread, f.scratch_stride))
             f.m = e.at(f.v, e.mul(f.v_plane, plan.planes))
@@ -111,7 +111,7 @@ def _block(e: Emitter, plan: WinogradPlan, made, f, number: Int) -> None:
 # ---------------------------------------------------------------------------------------- tiles
 
 
-def _bounds(e: Emitter, plan: WinogradPlan, f) -> list[Int]:
+def bounds_of(e: Emitter, plan: WinogradPlan, f) -> list[Int]:
     """Where each of the four kinds of tiles ends: bottom edge, whole, right edge, corner."""
     bottom, right = (int(tail > 0) for tail in plan.tails)
     sizes = (
@@ -124,7 +124,7 @@ def _bounds(e: Emitter, plan: WinogradPlan, f) -> list[Int]:
     return bounds
 
 
-def _visit(
+def visit(
     e: Emitter,
     plan: WinogradPlan,
     f,
@@ -158,7 +158,7 @@ def _visit(
     choose(plan.kinds)
 
 
-def _offset(e: Emitter, f, name: str, image: Int, y: Int, x: Int) -> Int:
+def offset(e: Emitter, f, name: str, image: Int, y: Int, x: Int) -> Int:
     """Of pixel (y, x) of an image of the map whose strides are the fields ``name``_..."""
     rows = e.mul(y, getattr(f, f"{name}_row"))
     pixels = e.mul(x, getattr(f, f"{name}_pixel"))
@@ -169,10 +169,10 @@ def _input_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) -
     v, stride = e.at(f.v, e.mul(slot, plan.v_row)), 1 if plan.folded else plan.stride
 
     def transform(kind: tuple[int, int], image: Int, y: Int, x: Int) -> None:
-        start = _offset(e, f, "x", image, e.mul(y, stride), e.mul(x, stride))
+        start = offset(e, f, "x", image, e.mul(y, stride), e.mul(x, stride))
         e.b.call(made.into[kind], [e.at(f.x, start), f.x_row, f.x_pixel, v, f.v_plane])
 
-    _visit(e, plan, f, tile, transform)
+    visit(e, plan, f, tile, transform)
 
 
 def _output_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) -> None:
@@ -181,15 +181,15 @@ def _output_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) 
 
     def transform(kind: tuple[int, int], image: Int, y: Int, x: Int) -> None:
         pooled = (v if half == 1 else e.divmod(v, half)[0] for v in (y, x))
-        out = e.at(f.out, _offset(e, f, "out", image, *pooled))
+        out = e.at(f.out, offset(e, f, "out", image, *pooled))
         args = [m, f.m_plane, out, f.out_row, f.out_pixel]
         args += [getattr(f, name) for name in ep.parameters(plan.epilogue)]
         if ep.adds_residual(plan.epilogue):
-            residual = e.at(f.residual, _offset(e, f, "residual", image, y, x))
+            residual = e.at(f.residual, offset(e, f, "residual", image, y, x))
             args += [residual, f.residual_row, f.residual_pixel]
         e.b.call(made.out[kind], args)
 
-    _visit(e, plan, f, tile, transform)
+    visit(e, plan, f, tile, transform)
 
 
 # ------------------------------------------------------------------------------ matrix products
@@ -203,14 +203,14 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
     the next.
     """
     xi, group = e.divmod(panel, plan.groups)
-    start, end = _users(e, plan, f, xi)
+    start, end = users(e, plan, f, xi)
     start, end = e.max(start, first), e.min(end, stop)
     count, slot = e.sub(end, start), e.sub(start, first)
     v = e.at(f.v, e.add(e.mul(xi, f.v_plane), e.mul(slot, plan.v_row)))
     m = e.add(e.mul(xi, f.m_plane), e.mul(slot, plan.m_row))
     m = e.at(f.m, e.add(m, e.mul(group, plan.width)))
     u = e.at(f.u, e.mul(panel, plan.panel))
-    channel, depth = _depths(e, plan, xi)
+    channel, depth = depths_of(e, plan, xi)
 
     def divide() -> None:
         number = e.divmod(e.add(count, plan.pixels - 1), plan.pixels)[0]
@@ -241,7 +241,7 @@ def _panel(e: Emitter, plan: WinogradPlan, made, f, panel: Int, first: Int, stop
     e.choose(e.less(0, count), divide)
 
 
-def _users(e: Emitter, plan: WinogradPlan, f, xi: Int) -> tuple[Int, Int]:
+def users(e: Emitter, plan: WinogradPlan, f, xi: Int) -> tuple[Int, Int]:
     """The tiles, first and end, that use a plane."""
     edge, whole, side, corner = f.bounds
     used = [
@@ -258,7 +258,7 @@ def _is_among(e: Emitter, index: Int, chosen: Sequence[int]) -> ir.Value:
     return e.b.trunc(e.b.lshr(bits, index), I1)
 
 
-def _depths(e: Emitter, plan: WinogradPlan, xi: Int) -> tuple[Int, Int]:
+def depths_of(e: Emitter, plan: WinogradPlan, xi: Int) -> tuple[Int, Int]:
     """(first channel, number of channels) that are not all zero in a plane of U."""
     if not plan.shortened:
         return I64(0), I64(plan.depth)

@@ -14,7 +14,7 @@ from .winograd_plan import WinogradPlan
 from .winograd_transforms import apply, input_matrix, output_matrix
 
 
-def _each_vector(e: Emitter, channels: int, visit) -> None:
+def each_vector(e: Emitter, channels: int, visit) -> None:
     """``visit(first channel, mask)`` for each vector of channels; the last may be masked."""
     whole = channels - channels % e.lanes
     e.loop(0, whole, lambda c: visit(c, None), step=e.lanes)
@@ -22,21 +22,26 @@ def _each_vector(e: Emitter, channels: int, visit) -> None:
         visit(whole, e.lane_mask(channels - whole))
 
 
-def input_function(e: Emitter, plan: WinogradPlan, outputs: tuple[int, int]) -> ir.Function:
-    """into(x, row, pixel, v, plane): V of one tile with so many outputs down and across."""
+def input_function(
+    e: Emitter, plan: WinogradPlan, outputs: tuple[int, int], ahead: bool = False
+) -> ir.Function:
+    """into(x, row, pixel, v, plane): V of one tile with so many outputs down and across.
+
+    ``ahead``: what the tile to the right will read is asked for on the way (stride 1).
+    """
     rows, cols = outputs
-    name = f"input_tile_{rows}x{cols}"
+    name = f"input_tile_{rows}x{cols}_c{plan.depth}"
     with e.function(name, [PTR, I64, I64, PTR, I64]) as (fn, args):
         x, x_row, x_pixel, v, plane = args
         if plan.folded or plan.stride == 1:
-            a = SimpleNamespace(x=x, row=x_row, pixel=x_pixel, v=v, plane=plane)
+            a = SimpleNamespace(x=x, row=x_row, pixel=x_pixel, v=v, plane=plane, ahead=ahead)
             _phase(e, plan, a, outputs, (0, 0), plan.depth)
             return fn
         for number, (odd_row, odd_col) in enumerate(plan.phases):
             start = e.add(e.mul(x_row, odd_row), e.mul(x_pixel, odd_col))
             a = SimpleNamespace(
                 x=e.at(x, start), row=e.mul(x_row, plan.stride), pixel=e.mul(x_pixel, plan.stride),
-                v=e.at(v, number * plan.channels), plane=plane,
+                v=e.at(v, number * plan.channels), plane=plane, ahead=False,
             )  # fmt: skip
             short = (odd_row, odd_col) if plan.shortened else (0, 0)
             _phase(e, plan, a, outputs, short, plan.channels)
@@ -58,12 +63,16 @@ def _phase(
             source = e.at(e.at(a.x, c), e.mul(a.pixel, col))
             inputs = [e.vload(source, e.mul(a.row, row), mask) for row in range(len(down[0]))]
             columns.append(apply(e, down, inputs))
+            if a.ahead and col >= plan.taps - 1:
+                following = e.at(source, e.mul(a.pixel, plan.m))
+                for line in range(len(down[0])):
+                    e.prefetch(e.at(following, e.mul(a.row, line)), near=False)
         for y, row in zip(rows, zip(*columns, strict=True), strict=True):
             for x, value in zip(cols, apply(e, across, row), strict=True):
                 to = e.mul(a.plane, y * plan.size + x)
                 e.vstore(value, e.at(a.v, c), to, mask if partly else None)
 
-    _each_vector(e, count, vector)
+    each_vector(e, count, vector)
 
 
 def _axis(plan: WinogradPlan, outputs: int, lacking: int):
@@ -89,7 +98,7 @@ def output_function(e: Emitter, plan: WinogradPlan, outputs: tuple[int, int]) ->
     with e.function("output_tile_{}x{}".format(*outputs), kinds) as (fn, args):
         a = SimpleNamespace(**dict(zip(names, args, strict=True)))
         a.half = _stack_vectors(e, plan.m * plan.size)
-        _each_vector(
+        each_vector(
             e, plan.out_channels, lambda c, mask: _output_vector(e, plan, a, outputs, c, mask)
         )
     return fn
