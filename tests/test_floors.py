@@ -23,8 +23,8 @@ FLOORS = {
     5: "cpu",
     6: (
         "program kernels maps pools convolutions depthwise_gradients weight_gradients compiler "
-        "winograd_steps winograd_gradients choices bands layer_calls capture fusion stages partition "
-        "parameters tuning memory norm_steps training_calls training_fusion kept training_steps "
+        "winograd_steps winograd_gradients choices bands layer_calls capture fusion stages "
+        "partition parameters tuning memory norm_steps training_calls training_fusion kept training_steps "
         "training_forward training_backward"
     ),
     7: "execution handback ops running learned learning",

@@ -74,7 +74,7 @@ def _add_up(p: Program, target: Target, channels: int, partial: Place, chunks: t
     """Add ``chunks`` (how many, how far apart) of sums; those of tap t go to ``offsets[t]``."""
     vectors, taps = -(-channels // target.lanes), len(offsets)
     p.step(
-        copy_kernel(copy.unpack_weights, target, 1), vectors,
+        copy_kernel(copy.unpack_weights, target, 1, False), vectors,
         w=to, w_out=taps, w_in=0, group_step=0,
         packed=partial, chunks=chunks[0], chunk_step=chunks[1],
         taps=p.constant(offsets), n_taps=taps, channels=1,

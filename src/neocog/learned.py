@@ -137,7 +137,10 @@ class _Stage(torch.autograd.Function):
         named = dict(zip(spec.strides, tensors[len(spec.inputs) :], strict=True))
         stage.update_running(programs.kept, saved, named)
         ctx.stage, ctx.programs = stage, programs
-        ctx.save_for_backward(*tensors, saved)
+        # Running statistics change with every call, and nothing in a gradient depends on them.
+        moved = {name for _, norm in stage.running for name in (norm.mean, norm.var)}
+        lasting = [None if name in moved else t for name, t in named.items()]
+        ctx.save_for_backward(*tensors[: len(spec.inputs)], *lasting, saved)
         return tuple(outs)
 
     @staticmethod
@@ -158,9 +161,9 @@ class _Stage(torch.autograd.Function):
         ]
         named = dict(zip(spec.strides, tensors[len(spec.inputs) :], strict=True))
         uses = [POOL.empty(named[name].shape) for name in plan.uses]
-        dense = [t.contiguous() if t.dim() == 1 else t for t in tensors]
-        buffers = (*dense, saved, *given, *inputs, *uses)
-        plan.program.run(*(t.data_ptr() for t in buffers))
+        read = [t if t is None or t.dim() != 1 else t.contiguous() for t in tensors]
+        buffers = (*read, saved, *given, *inputs, *uses)
+        plan.program.run(*(0 if t is None else t.data_ptr() for t in buffers))
         found: dict[str, Tensor] = {}
         for name, grad in zip(plan.uses, uses, strict=True):
             found[name] = found[name] + grad if name in found else grad
@@ -203,7 +206,7 @@ def _differentiable(
     """Gradients that can be differentiated again: recomputed in PyTorch's own operators."""
     handback.say("a compiled stage", "double backward")
     # Views of their own: a tensor that comes in at two places gets two gradients.
-    tensors = [t.view_as(t) for t in tensors]
+    tensors = [None if t is None else t.view_as(t) for t in tensors]
     values: dict[Node, Tensor] = dict(zip(spec.inputs, tensors, strict=False))
     named = dict(zip(spec.strides, tensors[len(spec.inputs) :], strict=True))
     for node in spec.nodes:
