@@ -14,6 +14,9 @@ out up to 0.3 higher): test accuracy in percent after a shift by 0, 1, 2, 3 and 
 Shown no distortions, both read fewer digits. Shown shifts, both are taught what the table is
 meant to ask. Bending does move single strokes, by up to two pixels, which helps both networks
 under shifts; the picture as a whole stays where it is.
+
+Shifts, mirrored pictures and random crops are there for whoever asks for them. All is one sampling
+of each picture by PyTorch's own ``affine_grid`` and ``grid_sample``.
 """
 
 from __future__ import annotations
@@ -38,6 +41,9 @@ class Augmentation:
         scale: as a share of the size.
         shear: sideways, as a share of the height.
         shift: along each axis, in pixels.
+        flip: mirror every other picture, left and right, by chance.
+        crop: up to this share of height and width is cut off, around a window at a random place,
+            which is then enlarged to the whole size.
         bend: at each of :data:`KNOTS` x :data:`KNOTS` points, as a share of the size; in between
             smoothly. What all points would move in common is taken off again: no shift.
         fill: what comes in from outside: ``"zeros"`` (black), or ``"border"`` (the border's own
@@ -48,24 +54,33 @@ class Augmentation:
     scale: float = 0.15
     shear: float = 0.2
     shift: float = 0.0
+    flip: bool = False
+    crop: float = 0.0
     bend: float = 0.07
     fill: str = "zeros"
 
-    def __call__(self, images: Tensor, generator: Generator) -> Tensor:
+    def __call__(self, images: Tensor, generator: Generator, part: slice = slice(None)) -> Tensor:
         """Distorts each picture by amounts of its own.
 
         Args:
             images: uint8 [N, C, H, W].
             generator: of random numbers; on the CPU.
+            part: of the pictures, the n that are wanted. Numbers are drawn for all of them, so
+                that a picture comes out the same whichever part it is asked for in.
 
         Returns:
-            float32 [N, C, H, W], values 0..255, interpolated bilinearly.
+            float32 [n, C, H, W], values 0..255, interpolated bilinearly.
         """
-        grid = F.affine_grid(
-            self._matrices(images.shape, generator), list(images.shape), align_corners=False
-        )
-        if self.bend:
-            grid = grid + self._bends(images.shape, generator)
+        matrices = self._matrices(images.shape, generator)
+        knots = self._knots(len(images), generator) if self.bend else None
+        frames = self._frames(len(images), generator) if self.flip or self.crop else None
+        images = images[part]
+        grid = F.affine_grid(matrices[part], list(images.shape), align_corners=False)
+        if knots is not None:
+            grid = grid + _smooth(knots[part], images.shape)
+        if frames is not None:
+            scale, move = frames[part].unbind(dim=-1)
+            grid = grid * scale[:, None, None] + move[:, None, None]
         return F.grid_sample(
             images.to(torch.float32), grid, padding_mode=self.fill, align_corners=False
         )
@@ -88,10 +103,26 @@ class Augmentation:
         y = torch.stack([sin, cos, spread(2 * self.shift / height)], dim=1)
         return torch.stack([x, y], dim=1)
 
-    def _bends(self, shape: torch.Size, generator: Generator) -> Tensor:
-        """[N, H, W, 2]: by how much to look elsewhere at each position, in half widths."""
-        count, _, height, width = shape
+    def _knots(self, count: int, generator: Generator) -> Tensor:
+        """[N, 2, KNOTS, KNOTS]: by how much to look elsewhere at each point, in half widths."""
         knots = 2 * torch.rand(count, 2, KNOTS, KNOTS, generator=generator) - 1
-        knots = (knots - knots.mean(dim=(2, 3), keepdim=True)) * 2 * self.bend
-        smooth = F.interpolate(knots, (height, width), mode="bicubic", align_corners=True)
-        return smooth.permute(0, 2, 3, 1)
+        return (knots - knots.mean(dim=(2, 3), keepdim=True)) * 2 * self.bend
+
+    def _frames(self, count: int, generator: Generator) -> Tensor:
+        """[N, 2, 2]: for x and y, by how much to scale a position and then to move it.
+
+        A window of the share s of a side fits at any middle within 1 - s of the picture's middle,
+        in half widths. A mirrored picture is looked at with x turned round.
+        """
+        side = 1 - torch.rand(count, 1, generator=generator) * self.crop
+        move = (2 * torch.rand(count, 2, generator=generator) - 1) * (1 - side)
+        mirrored = torch.rand(count, generator=generator) < (0.5 if self.flip else 0.0)
+        scale = side.repeat(1, 2)
+        scale[mirrored, 0] *= -1
+        return torch.stack([scale, move], dim=-1)
+
+
+def _smooth(knots: Tensor, shape: torch.Size) -> Tensor:
+    """[n, H, W, 2]: by how much to look elsewhere at each position, in half widths."""
+    smooth = F.interpolate(knots, tuple(shape[-2:]), mode="bicubic", align_corners=True)
+    return smooth.permute(0, 2, 3, 1)

@@ -69,9 +69,14 @@ def score(
 ) -> tuple[float, float]:
     """(mean cross-entropy, share read rightly)."""
     answers = logits(model, split.images, preprocessing)
-    right = int((answers.argmax(dim=1) == split.labels).sum())
-    loss = F.cross_entropy(answers, split.labels, label_smoothing=label_smoothing)
-    return loss.item(), right / len(split)
+    return score_of(answers, split.labels, label_smoothing)
+
+
+def score_of(answers: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> tuple[float, float]:
+    """(mean cross-entropy, share read rightly) of logits, float32 [N, classes]."""
+    right = int((answers.argmax(dim=1) == labels).sum())
+    loss = F.cross_entropy(answers, labels, label_smoothing=label_smoothing)
+    return loss.item(), right / len(labels)
 
 
 def evaluate(

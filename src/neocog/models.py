@@ -22,6 +22,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from . import nn as neocog_nn
@@ -40,7 +41,8 @@ from .geometry import Window
 
 __all__ = [
     "ARCHITECTURES", "class_count", "digits", "has_convolution", "layers", "mlp_beside",
-    "mobilenet_v2", "parse", "resnet18", "resnet50", "squeezenet", "vgg11", "vgg16", "weight_count",
+    "mobilenet_v2", "parse", "plain", "resnet18", "resnet50", "squeezenet", "vgg11", "vgg16",
+    "weight_count",
 ]  # fmt: skip
 
 Shape = tuple[int, int, int]
@@ -149,6 +151,15 @@ def parse(
     return nn.Sequential(*_modules(plan))
 
 
+def plain(model: nn.Sequential) -> nn.Sequential:
+    """The same network in torch.nn's own layers, which share the weights of ``model``.
+
+    For ``model`` as :func:`parse` makes it; a fused block becomes its convolution, ReLU and pool.
+    This is what ``torch.compile`` sees best, and what PyTorch would compute by itself.
+    """
+    return nn.Sequential(*(layer for module in model for layer in _plain_layers(module)))
+
+
 def weight_count(model: nn.Module) -> int:
     """The numbers a model learns, biases included."""
     return sum(parameter.numel() for parameter in model.parameters())
@@ -255,6 +266,25 @@ def _modules(plan: list[tuple[Layer, Shape]]) -> Iterator[nn.Module]:
             yield nn.Linear(channels * height * width, layer.units)
             if above is not None:
                 yield nn.ReLU()
+
+
+def _plain_layers(module: nn.Module | None) -> Iterator[nn.Module]:
+    if isinstance(module, neocog_nn.ConvBlock):
+        with torch.device("meta"):  # its weights are the block's
+            conv = nn.Conv2d(
+                module.in_channels,
+                module.out_channels,
+                tuple(module.kernel_size),  # type: ignore[arg-type]
+                padding=module.padding,  # type: ignore[arg-type]
+            )
+        conv.weight, conv.bias = module.weight, module.bias
+        yield from (conv, nn.ReLU(), *_plain_layers(module.pool))
+    elif isinstance(module, nn.MaxPool2d):
+        yield nn.MaxPool2d(module.kernel_size)
+    elif isinstance(module, nn.AvgPool2d):
+        yield nn.AvgPool2d(module.kernel_size)
+    elif module is not None:
+        yield module
 
 
 def _pool(layer: Pool) -> neocog_nn.MaxPool2d | neocog_nn.AvgPool2d:

@@ -32,10 +32,12 @@ from torch import Tensor
 from . import data, images, models, plots, shifts
 from .checkpoint import BEST, LAST, Checkpoint, Header, Preprocessing, build, load, save
 from .data import DataSet
+from .distribution import Group
 from .errors import InvalidData, InvalidModel
 from .evaluation import evaluate, logits
 from .files import remove_leftovers, write_atomically
-from .training import InvalidSetting, Settings, Trainer, choose_device
+from .settings import InvalidSetting, Settings, choose_device, engine_on
+from .training import Trainer, time_shares
 
 CONFIG, METRICS = "config.json", "metrics.json"
 FORMAT = 1
@@ -57,7 +59,10 @@ class Source:
 
 @dataclass(frozen=True)
 class Run:
-    """A run directory and what its config.json says."""
+    """A run directory and what its config.json says.
+
+    ``threads`` are those of each of ``workers`` processes that it began with.
+    """
 
     folder: Path
     source: Source
@@ -65,6 +70,7 @@ class Run:
     device: str
     threads: int
     fingerprint: str
+    workers: int = 1
 
     @staticmethod
     def create(trainer: Trainer, source: Source, *, out: Path | None, threads: int) -> Run:
@@ -88,6 +94,7 @@ class Run:
             str(trainer.device),
             threads,
             fingerprint(trainer.data),
+            trainer.group.size,
         )
         try:
             write_json(folder / CONFIG, run._config(trainer))
@@ -116,10 +123,12 @@ class Run:
             return Run(
                 folder,
                 Source(config["data"]["path"], config["data"]["size"]),
-                Settings(**config["settings"]),
+                # A run from before there were engines goes on as it began.
+                Settings(**{"engine": "eager", **config["settings"]}),
                 str(config["device"]),
                 int(config["threads"]),
                 str(config["data"]["fingerprint"]),
+                int(config.get("workers", 1)),
             )
         except (ValueError, TypeError, KeyError) as error:
             raise InvalidModel(f"{path}: cannot be read: {error}") from error
@@ -134,15 +143,25 @@ class Run:
             )
         return found
 
-    def resume(self, found: DataSet) -> Trainer:
-        """The trainer as it was after the last finished epoch; InvalidModel if it is damaged."""
-        remove_leftovers(self.folder)
-        trainer = Trainer(found, self.settings, preprocessing_of(found), choose_device(self.device))
+    def resume(self, found: DataSet, group: Group | None = None) -> Trainer:
+        """The trainer as it was after the last finished epoch; InvalidModel if it is damaged.
+
+        The first worker reads the file, the others of ``group`` are given what is in it.
+        """
+        group = group or Group()
+        device = choose_device(self.device)
+        trainer = Trainer(found, self.settings, preprocessing_of(found), device, group)
         path = self.folder / LAST
-        checkpoint = load(path)
+        checkpoint: Checkpoint | None = None
+        if group.first:
+            remove_leftovers(self.folder)
+            checkpoint = load(path)
+        begun: Checkpoint = group.from_first(checkpoint)
+        kept = begun.resume
         try:
-            history, seconds = checkpoint.resume["history"], checkpoint.resume["seconds"]
-            trainer.restore(checkpoint.resume_tensors, history, seconds)
+            trainer.restore(
+                begun.resume_tensors, kept["history"], kept["seconds"], kept.get("spent")
+            )
         except (KeyError, InvalidModel) as error:
             raise InvalidModel(f"{path}: cannot be resumed from: {error}") from error
         return trainer
@@ -158,7 +177,7 @@ class Run:
             _header(trainer, "cnn"),
             trainer.learners["cnn"].best.state_dict(),
             trainer.tensors(),
-            {"history": trainer.history, "seconds": trainer.seconds},
+            {"history": trainer.history, "seconds": trainer.seconds, "spent": trainer.spent},
         )
         save(self.folder / LAST, last)
 
@@ -188,7 +207,10 @@ class Run:
             "seed": self.settings.seed,
             "threads": self.threads,
             "device": self.device,
+            "engine": engine_on(trainer.device, self.settings),
+            "workers": trainer.group.size,
             "seconds": round(trainer.seconds, 2),
+            "time_shares": time_shares(trainer.spent),
             "versions": versions(),
             "history": trainer.history,
         }
@@ -243,6 +265,7 @@ class Run:
             "augmentation": None if trainer.augmentation is None else asdict(trainer.augmentation),
             "device": self.device,
             "threads": self.threads,
+            "workers": self.workers,
             "versions": versions(),
         }
 

@@ -4,14 +4,18 @@ Everything random about an epoch (the order of the pictures, their augmentation)
 generator seeded by (seed, epoch), and the learning rate is a function of the step. So weights and
 optimizer state after an epoch are all that the next one depends on: a run that was killed and
 resumed ends with exactly the numbers of one that was not, given the same threads.
+
+The step is compiled as a whole (``torch.compile(model, backend="neocog")``), the next batches are
+made ready meanwhile (:mod:`neocog.batches`), and several workers may share each batch
+(:mod:`neocog.distribution`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -20,64 +24,27 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from . import models
-from .augmentation import Augmentation
+from . import backend, models
+from .batches import Batch, Batches
 from .checkpoint import Preprocessing
 from .data import DataSet
+from .distribution import Group
 from .errors import InvalidModel, NeocogError
-from .evaluation import score
+from .evaluation import logits, score_of
+from .settings import InvalidSetting, Settings, engine_on
 
 WARM_UP = 0.2
 """Share of the steps over which the learning rate rises."""
+
+PARTS = ("data", "step", "validation")
+"""What an epoch's time goes into: waiting for batches, learning from them, judging the network."""
 
 AVERAGED_STEPS = 200
 """How many of the last steps the averaged weights look back on, about."""
 
 
-class InvalidSetting(NeocogError, ValueError):
-    """A training setting out of its range, or a device that is not there."""
-
-
 class Diverged(NeocogError, ArithmeticError):
     """The loss or a weight became infinite or NaN; the epochs before are saved."""
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a run is made of, apart from its data. Checked when made: InvalidSetting.
-
-    Attributes:
-        architecture: of the network, in the shorthand of :mod:`neocog.models`.
-        epochs: how often each training picture is shown.
-        batch_size: pictures a step.
-        lr: the highest learning rate on the way (AdamW).
-        seed: of the initial weights, the validation part, the order and the augmentation.
-        mlp: also train a multilayer perceptron with at least as many weights, to compare with
-            (not if the network has no convolution itself).
-        augment: distort the training pictures (:mod:`neocog.augmentation`).
-        weight_decay: AdamW's, decoupled.
-        label_smoothing: share of each target spread over all classes.
-    """
-
-    architecture: str = "32C3-P2-64C3-P2-10"
-    epochs: int = 30
-    batch_size: int = 32
-    lr: float = 2e-3
-    seed: int = 0
-    mlp: bool = True
-    augment: bool = True
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.05
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InvalidSetting(f"{name}={getattr(self, name)}: expected at least 1")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise InvalidSetting(f"lr={self.lr}: expected a finite number above 0")
-        if not 0 <= self.seed < 2**63:
-            raise InvalidSetting(f"seed={self.seed}: expected 0 to 2^63 - 1")
-        models.layers(self.architecture)
 
 
 def learning_rate(progress: float, peak: float) -> float:
@@ -85,22 +52,6 @@ def learning_rate(progress: float, peak: float) -> float:
     if progress < WARM_UP:
         return peak * max(progress / WARM_UP, 0.01)
     return peak * 0.5 * (1 + math.cos(math.pi * (progress - WARM_UP) / (1 - WARM_UP)))
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of that name, ``cpu`` or ``cuda``; InvalidSetting if it is not here."""
-    if name == "cpu":
-        return torch.device("cpu")
-    if name != "cuda" and not name.startswith("cuda:"):
-        raise InvalidSetting(f"device {name!r}: expected cpu or cuda")
-    if not torch.cuda.is_available():
-        raise InvalidSetting(
-            f"device {name!r}: PyTorch {torch.__version__} finds no CUDA device here; expected cpu"
-        )
-    try:
-        return torch.device(name)
-    except RuntimeError as error:
-        raise InvalidSetting(f"device {name!r}: expected cpu, cuda or cuda:0") from error
 
 
 class Learner:
@@ -111,9 +62,14 @@ class Learner:
     """
 
     def __init__(
-        self, architecture: str, in_shape: models.Shape, settings: Settings, device: torch.device
+        self,
+        architecture: str,
+        in_shape: models.Shape,
+        settings: Settings,
+        device: torch.device,
+        group: Group,
     ) -> None:
-        self.architecture = architecture
+        self.architecture, self.group = architecture, group
         # Modules draw their initial weights from the global generator: lend it, give it back.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
@@ -123,20 +79,41 @@ class Learner:
             self.model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay, fused=True
         )
         self.label_smoothing = settings.label_smoothing
+        computed: nn.Module = self.model
+        if engine_on(device, settings) == "neocog":
+            # One graph for each size of a batch, of which an epoch has two; a limit of its own.
+            computed = torch.compile(  # type: ignore[call-overload]  # the stubs lack the last one
+                models.plain(self.model),
+                backend=backend.neocog,
+                dynamic=False,
+                isolate_recompiles=True,
+            )
+        self._computed = group.wrapped(computed)
 
-    def step(self, x: Tensor, labels: Tensor, lr: float) -> tuple[float, int]:
-        """One step down the gradient; the batch's mean loss and how many it read rightly."""
+    def step(self, batch: Batch, lr: float) -> tuple[float, int]:
+        """One step down the gradient; the batch's mean loss and how many it read rightly.
+
+        Both are of the whole batch, whatever part of it is this worker's.
+        """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad()
-        logits = self.model(x)
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-        value = loss.item()
+        answers = self._computed(batch.x)
+        loss = F.cross_entropy(answers, batch.labels, label_smoothing=self.label_smoothing)
+        hits = (answers.argmax(dim=1) == batch.labels).sum()
+        if self.group.size == 1:
+            value, right = loss.item(), int(hits)
+        else:
+            found = torch.stack([loss.detach().double(), hits.double()])
+            found[0] *= batch.share
+            found[1] *= batch.share > 0
+            value, right = self.group.total(found).tolist()
+            loss = loss * (batch.share * self.group.size)  # of which the workers take the mean
         if math.isfinite(value):
             loss.backward()
             self.optimizer.step()
             self.averaged.update_parameters(self.model)
-        return value, int((logits.argmax(dim=1) == labels).sum())
+        return value, int(right)
 
     @property
     def best(self) -> nn.Module:
@@ -179,6 +156,8 @@ class Trainer:
         history: one row per finished epoch: ``{"epoch": 1, "cnn": {"loss", "accuracy",
             "val_loss", "val_accuracy"}, "mlp": {...}}``; accuracies are shares, 0..1.
         seconds: spent training so far.
+        spent: of these, by what they went into: :data:`PARTS`; and ``"preparing"``, the seconds
+            that went into batches in the background.
     """
 
     def __init__(
@@ -187,6 +166,7 @@ class Trainer:
         settings: Settings,
         preprocessing: Preprocessing,
         device: torch.device | str = "cpu",
+        group: Group | None = None,
     ) -> None:
         if data.val is None:
             raise InvalidSetting("no validation part: expected a val_fraction above 0")
@@ -199,25 +179,39 @@ class Trainer:
             )
         self.data, self.val, self.settings = data, data.val, settings
         self.preprocessing = preprocessing
-        self.device = torch.device(device)
+        self.group = group or Group()
+        self.device = self.group.device(torch.device(device))
         if settings.mlp and models.has_convolution(settings.architecture):
             # "meta": only the sizes are asked for
             with torch.device("meta"):
                 cnn = models.parse(settings.architecture, data.in_shape)
             architectures["mlp"] = models.mlp_beside(cnn, data.in_shape, classes)
         self.learners = {
-            name: Learner(architecture, data.in_shape, settings, self.device)
+            name: Learner(architecture, data.in_shape, settings, self.device, self.group)
             for name, architecture in architectures.items()
         }
-        fill = "zeros" if preprocessing.background == "dark" else "border"
-        self.augmentation = Augmentation(fill=fill) if settings.augment else None
+        side = min(data.in_shape[1:])
+        if settings.shift > side / 2:
+            raise InvalidSetting(
+                f"shift={settings.shift:g}: expected at most half of the pictures' {side} pixels"
+            )
+        self.augmentation = settings.augmentation(preprocessing.background)
+        self.batches = Batches(
+            data.train,
+            settings.batch_size,
+            preprocessing,
+            self.augmentation,
+            self.device,
+            self.group,
+        )
         self.history: list[dict[str, Any]] = []
         self.seconds = 0.0
+        self.spent = nothing_spent()
 
     @property
     def steps(self) -> int:
         """Steps of one epoch; the last batch may be smaller."""
-        return -(-len(self.data.train) // self.settings.batch_size)
+        return len(self.batches)
 
     @property
     def finished(self) -> bool:
@@ -240,30 +234,23 @@ class Trainer:
         """
         started = time.perf_counter()
         epoch = len(self.history) + 1
-        generator = _generator(self.settings.seed, epoch)
-        order = torch.randperm(len(self.data.train), generator=generator)
         losses = dict.fromkeys(self.learners, 0.0)
         right = dict.fromkeys(self.learners, 0)
         seen = 0
-        for step, chosen in enumerate(order.split(self.settings.batch_size), 1):
-            x, labels = self._batch(chosen, generator)
-            done = (epoch - 1) * self.steps + step - 1
-            lr = learning_rate(done / (self.settings.epochs * self.steps), self.settings.lr)
-            seen += len(chosen)
-            for name, learner in self.learners.items():
-                loss, hits = learner.step(x, labels, lr)
-                if not math.isfinite(loss):
-                    raise self._diverged(f"the loss became {loss}", name, epoch, step)
-                losses[name] += loss * len(chosen)
-                right[name] += hits
-            on_step(step, self.steps, {name: total / seen for name, total in losses.items()})
+        generator = _generator(self.settings.seed, epoch)
+        with closing(self.batches.epoch(generator, self.spent)) as batches:
+            for step, batch in enumerate(batches, 1):
+                begun = time.perf_counter()
+                seen += batch.count
+                for name, (loss, hits) in self._step(batch, epoch, step):
+                    losses[name] += loss * batch.count
+                    right[name] += hits
+                self.spent["step"] += time.perf_counter() - begun
+                on_step(step, self.steps, {name: total / seen for name, total in losses.items()})
+        begun = time.perf_counter()
         row: dict[str, Any] = {"epoch": epoch}
-        for name, learner in self.learners.items():
-            val_loss, val_accuracy = score(
-                learner.best, self.val, self.preprocessing, self.settings.label_smoothing
-            )
-            if not (learner.is_finite() and math.isfinite(val_loss)):
-                raise self._diverged("a weight is not finite", name, epoch, self.steps)
+        for name in self.learners:
+            val_loss, val_accuracy = self._validated(name, epoch)
             row[name] = {
                 "loss": losses[name] / seen,
                 "accuracy": right[name] / seen,
@@ -271,6 +258,7 @@ class Trainer:
                 "val_accuracy": val_accuracy,
             }
         self.history.append(row)
+        self.spent["validation"] += time.perf_counter() - begun
         self.seconds += time.perf_counter() - started
         return row
 
@@ -283,7 +271,11 @@ class Trainer:
         }
 
     def restore(
-        self, tensors: Mapping[str, Tensor], history: list[dict[str, Any]], seconds: float
+        self,
+        tensors: Mapping[str, Tensor],
+        history: list[dict[str, Any]],
+        seconds: float,
+        spent: Mapping[str, float] | None = None,
     ) -> None:
         """Goes back to where :meth:`tensors` was taken; InvalidModel if it is another run's."""
         try:
@@ -293,12 +285,31 @@ class Trainer:
             first = str(error).strip().split("\n")[0]
             raise InvalidModel(f"the saved state is not of this run: {first}") from error
         self.history, self.seconds = list(history), seconds
+        self.spent = {**nothing_spent(), **(spent or {})}
 
-    def _batch(self, chosen: Tensor, generator: Generator) -> tuple[Tensor, Tensor]:
-        images, labels = self.data.train.images[chosen], self.data.train.labels[chosen]
-        if self.augmentation is not None:
-            images = self.augmentation(images, generator)
-        return self.preprocessing.apply(images.to(self.device)), labels.to(self.device)
+    def _step(self, batch: Batch, epoch: int, step: int) -> Iterator[tuple[str, tuple[float, int]]]:
+        """A step of each network: its loss and how many it read rightly."""
+        done = (epoch - 1) * self.steps + step - 1
+        lr = learning_rate(done / (self.settings.epochs * self.steps), self.settings.lr)
+        for name, learner in self.learners.items():
+            loss, hits = learner.step(batch, lr)
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss became {loss}", name, epoch, step)
+            yield name, (loss, hits)
+
+    def _validated(self, name: str, epoch: int) -> tuple[float, float]:
+        """A network's loss and accuracy on the validation pictures, of which each worker reads
+        its part."""
+        learner, count = self.learners[name], len(self.val)
+        part = self.group.part(count)
+        mine = part.stop - part.start
+        images = self.val.images[part] if mine else self.val.images[:1]
+        answers = logits(learner.best, images, self.preprocessing)[:mine].to(self.device)
+        answers = self.group.rows(answers, count).cpu()
+        loss, accuracy = score_of(answers, self.val.labels, self.settings.label_smoothing)
+        if not (learner.is_finite() and math.isfinite(loss)):
+            raise self._diverged("a weight is not finite", name, epoch, self.steps)
+        return loss, accuracy
 
     def _diverged(self, what: str, name: str, epoch: int, step: int) -> Diverged:
         return Diverged(
@@ -306,6 +317,17 @@ class Trainer:
             f"{self.learners[name].architecture}); the state after epoch {epoch - 1} is kept; try "
             f"a learning rate below {self.settings.lr:g}"
         )
+
+
+def nothing_spent() -> dict[str, float]:
+    """Seconds by what they went into, at the start."""
+    return dict.fromkeys((*PARTS, "preparing"), 0.0)
+
+
+def time_shares(spent: Mapping[str, float]) -> dict[str, float]:
+    """Seconds as shares of all of :data:`PARTS`, 0..1; ``"preparing"`` runs beside them."""
+    total = sum(spent[part] for part in PARTS) or 1.0
+    return {part: round(seconds / total, 4) for part, seconds in spent.items()}
 
 
 def _average(averaged: Any, current: Any, count: Any) -> None:

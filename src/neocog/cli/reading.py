@@ -101,7 +101,7 @@ def predict(
     import torch
 
     from ..images import expand, read_picture
-    from ..training import InvalidSetting
+    from ..settings import InvalidSetting
     from .reading_view import Prediction, print_predictions
 
     if top < 1:

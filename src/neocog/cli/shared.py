@@ -30,7 +30,7 @@ def use_threads(threads: int | None) -> None:
     """Makes torch, and with it neocog, compute with so many; None leaves its choice."""
     import torch
 
-    from ..training import InvalidSetting
+    from ..settings import InvalidSetting
 
     if threads is None:
         return

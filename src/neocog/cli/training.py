@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,8 +14,10 @@ from ..errors import NeocogError
 from .shared import JsonOption, ThreadsOption, print_json, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
+    from ..distribution import Group
     from ..runs import Run
     from ..training import Trainer
+    from .training_view import TrainingView
 
 
 def register(app: typer.Typer) -> None:
@@ -76,33 +80,94 @@ def train(
     no_augment: Annotated[
         bool, typer.Option("--no-augment", help="Show the training pictures as they are.")
     ] = False,
+    rotation: Annotated[
+        float | None,
+        typer.Option(metavar="DEGREES", help="Turn pictures by up to so much.", show_default="15"),
+    ] = None,
+    shift: Annotated[
+        float | None,
+        typer.Option(metavar="PIXELS", help="Shift pictures by up to so much.", show_default="0"),
+    ] = None,
+    flip: Annotated[
+        bool, typer.Option("--flip", help="Mirror every other picture, left and right.")
+    ] = False,
+    crop: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Cut off up to this share of height and width, and enlarge the rest.",
+            show_default="0",
+        ),
+    ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="neocog: the whole step compiled. eager: layer by layer.",
+            show_default="neocog",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network on pictures, and a multilayer perceptron beside it to compare with.
 
     Both are then judged by the test pictures, as they are and shifted. Ctrl-C stops; --resume
-    goes on with what is finished.
+    goes on with what is finished. Several processes: torchrun --nproc-per-node N -m neocog train.
     """
+    from ..distribution import join, leave
     from .training_view import TrainingView
 
-    view = TrainingView(to_stderr=as_json)
     settings: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    settings |= {"architecture": arch, "mlp": False if no_mlp else None}
-    settings |= {"augment": False if no_augment else None}
+    settings |= {"architecture": arch, "mlp": False if no_mlp else None, "engine": engine}
+    settings |= {"augment": False if no_augment else None, "flip": flip or None}
+    settings |= {"rotation": rotation, "shift": shift, "crop": crop}
     given = {name: value for name, value in settings.items() if value is not None}
-    if resume is not None:
-        others = {"PATH": path, "device": device, "out": out, "size": size}
-        _refuse_beside_resume(resume, {**others, **given})
-        run, trainer = _resumed(resume, threads, view.notes)
-    else:
-        run, trainer = _begun(path, size, given, device or "cpu", threads, out, view.notes)
+    group = join()
+    view = TrainingView(to_stderr=as_json, quiet=not group.first)
     try:
-        view.begin(run, trainer)
-        _train(run, trainer, view)
-        metrics = run.finish(trainer)
+        with group.watched():
+            if resume is not None:
+                others = {"PATH": path, "device": device, "out": out, "size": size}
+                _refuse_beside_resume(resume, {**others, **given})
+                run, trainer = _resumed(resume, threads, group, view.notes)
+            else:
+                source = (path, size)
+                run, trainer = _begun(
+                    source, given, device or "cpu", threads, group, out, view.notes
+                )
+        _run(run, trainer, view, as_json)
+    except typer.Exit:
+        raise
+    except Exception:
+        if group.tells():
+            raise
+        raise typer.Exit(2) from None  # another worker has said why
+    leave()
+
+
+def _run(run: Run, trainer: Trainer, view: TrainingView, as_json: bool) -> None:
+    """The training, and its results by the first worker."""
+    from ..distribution import WorkerLost
+
+    group = trainer.group
+    try:
+        with group.watched():
+            view.begin(run, trainer)
+            _train(run, trainer, view)
+            if not group.first:
+                return
+            metrics = run.finish(trainer)
     except KeyboardInterrupt:
-        view.stopped(run, len(trainer.history))
+        if group.size > 1:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun hands it on once more
+            if group.first:
+                group.tells()
+        view.stopped(run, trainer)
         raise typer.Exit(130) from None
+    except WorkerLost as error:
+        kept = f"{len(trainer.history)} of {run.settings.epochs} epochs are kept"
+        command = f"{group.command} train --resume {shlex.quote(str(run.folder))}"
+        raise WorkerLost(f"{error}: the run stops; {kept}. Go on by: {command}") from error
     pages = _pages(run, metrics, view.notes)
     if as_json:
         print_json({"run": str(run.folder), "pages": [str(page) for page in pages], **metrics})
@@ -111,11 +176,11 @@ def train(
 
 
 def _begun(
-    path: Path | None,
-    size: int | None,
+    where: tuple[Path | None, int | None],
     given: dict[str, Any],
     device: str,
     threads: int | None,
+    group: Group,
     out: Path | None,
     note: Any,
 ) -> tuple[Run, Trainer]:
@@ -123,18 +188,22 @@ def _begun(
     import torch
 
     from ..runs import Run, Source, preprocessing_of
-    from ..training import Settings, Trainer, choose_device
+    from ..settings import Settings, choose_device
+    from ..training import Trainer
 
     Settings(**given)
-    where = choose_device(device)
-    use_threads(threads)
+    chosen = choose_device(device)
+    use_threads(group.threads() if threads is None else threads)
+    path, size = where
     source = Source(None if path is None else str(path.absolute()), size)
     found = source.load(given.get("seed", 0))
     note(found.notes)
     given.setdefault("architecture", f"32C3-P2-64C3-P2-{len(found.classes)}")
-    trainer = Trainer(found, Settings(**given), preprocessing_of(found), where)
-    run = Run.create(trainer, source, out=out, threads=torch.get_num_threads())
-    return run, trainer
+    trainer = Trainer(found, Settings(**given), preprocessing_of(found), chosen, group)
+    run = None
+    if group.first:
+        run = Run.create(trainer, source, out=out, threads=torch.get_num_threads())
+    return group.from_first(run), trainer
 
 
 def _pages(run: Run, metrics: Mapping[str, Any], note: Any) -> list[Path]:
@@ -150,15 +219,22 @@ def _pages(run: Run, metrics: Mapping[str, Any], note: Any) -> list[Path]:
     return []
 
 
-def _resumed(folder: Path, threads: int | None, note: Any) -> tuple[Run, Trainer]:
+def _resumed(folder: Path, threads: int | None, group: Group, note: Any) -> tuple[Run, Trainer]:
     from ..runs import Run
 
-    run = Run.open(folder)
-    use_threads(run.threads if threads is None else threads)
-    if threads is not None and threads != run.threads:
-        note([f"begun with --threads {run.threads}: the last digits may come out otherwise"])
+    run: Run = group.from_first(Run.open(folder) if group.first else None)
+    same = group.size == run.workers
+    if threads is None:
+        threads = run.threads if same else group.threads()
+    use_threads(threads)
+    otherwise = "the last digits may come out otherwise"
+    if not same:
+        count = "one process" if run.workers == 1 else f"{run.workers} processes"
+        note([f"begun with {count}: {otherwise}"])
+    elif threads != run.threads:
+        note([f"begun with --threads {run.threads}: {otherwise}"])
     found = run.load_data()
-    return run, run.resume(found)
+    return run, run.resume(found, group)
 
 
 def _refuse_beside_resume(folder: Path, given: dict[str, Any]) -> None:
@@ -168,7 +244,7 @@ def _refuse_beside_resume(folder: Path, given: dict[str, Any]) -> None:
             names[0], names[0].replace("_", "-")
         )
         shown = name if name == "PATH" else f"--{name}"
-        from ..training import InvalidSetting
+        from ..settings import InvalidSetting
 
         raise InvalidSetting(
             f"{shown} does not go with --resume: a run goes on as it began "
@@ -181,5 +257,6 @@ def _train(run: Run, trainer: Trainer, view: Any) -> None:
     with view.progress(trainer) as on_step:
         while not trainer.finished:
             row = trainer.run_epoch(on_step)
-            run.save(trainer)
+            if trainer.group.first:
+                run.save(trainer)
             view.epoch(row)

@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from ..augmentation import Augmentation
 from ..models import weight_count
 from ..runs import Run
 from ..training import OnStep, Trainer
@@ -26,11 +28,11 @@ COLOURS = {"cnn": "cyan", "mlp": "dark_orange"}
 class TrainingView:
     """What ``train`` shows while it runs and when it is done.
 
-    ``to_stderr`` keeps stdout free for JSON.
+    ``to_stderr`` keeps stdout free for JSON; ``quiet`` shows nothing, as all workers but one do.
     """
 
-    def __init__(self, to_stderr: bool = False) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False)
+    def __init__(self, to_stderr: bool = False, quiet: bool = False) -> None:
+        self.console = Console(stderr=to_stderr, highlight=False, quiet=quiet)
         self._epochs = 0
 
     def notes(self, notes: Iterable[str]) -> None:
@@ -49,11 +51,16 @@ class TrainingView:
             self.console.print(f"{NAMES[name]:11s} {learner.architecture}, {weights:,} weights")
         if trainer.settings.mlp and "mlp" not in trainer.learners:
             self.console.print("no convolution in it: nothing to compare with a perceptron")
-        on = "neocog's kernels on the CPU"
+        on = "neocog's kernels on the CPU, "
+        on += "the whole step compiled" if run.settings.engine == "neocog" else "layer by layer"
         if trainer.device.type != "cpu":
             on = f"PyTorch's own kernels on {trainer.device}: neocog's are for the CPU"
         done = f", {len(trainer.history)} epochs are done" if trainer.history else ""
-        threads = "1 thread" if run.threads == 1 else f"{run.threads} threads"
+        count = torch.get_num_threads()
+        threads = "1 thread" if count == 1 else f"{count} threads"
+        if trainer.group.size > 1:
+            threads = f"{trainer.group.size} processes of {threads}"
+        self.console.print(f"distorted   {_distorted(trainer.augmentation)}")
         self.console.print(f"computed by {on}, {threads}, seed {run.settings.seed}")
         self.console.print(f"run         {run.folder}{done}\n")
         self.console.print("loss on the training pictures, share of the validation pictures right:")
@@ -92,13 +99,14 @@ class TrainingView:
             line.append(f"loss {part['loss']:.3f}, {percent(part['val_accuracy'])}")
         self.console.print(line)
 
-    def stopped(self, run: Run, epochs: int) -> None:
+    def stopped(self, run: Run, trainer: Trainer) -> None:
         """After Ctrl-C."""
-        folder = shlex.quote(str(run.folder))
+        epochs = len(trainer.history)
         self.console.print(
             f"\nstopped; {epochs} of {run.settings.epochs} epochs are kept. Go on by"
         )
-        self._command(f"train --resume {folder}")
+        called = program() if trainer.group.size == 1 else trainer.group.command
+        self._command(f"train --resume {shlex.quote(str(run.folder))}", called)
 
     def results(self, run: Run, metrics: Mapping[str, Any], pages: Sequence[Path]) -> None:
         """The accuracies, the shift table, what to type next and the pages to open."""
@@ -106,14 +114,9 @@ class TrainingView:
         self.console.print(_accuracies(metrics))
         self.console.print()
         self.console.print(_shift_chart(metrics["shifted"], self.console.options.ascii_only))
-        self.console.print(
-            "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n"
-            "Neither was shown a shifted picture in training.\n"
-            if "mlp" in metrics["shifted"]["0"]
-            else "Shifted test pictures: the mean over the four directions, zeros coming in.\n",
-            style="dim",
-        )
-        self.console.print(f"{metrics['seconds']:.1f} s of training. In {run.folder}:")
+        self.console.print(_about_shifts(run, "mlp" in metrics["shifted"]["0"]), style="dim")
+        self.console.print(f"{metrics['seconds']:.1f} s of training: {_times(metrics)}")
+        self.console.print(f"In {run.folder}:")
         files = sorted(path.name for path in run.folder.iterdir())
         self.console.print(Padding(", ".join(files), (0, 0, 0, 2)))
         self.console.print("\nNext:")
@@ -125,9 +128,42 @@ class TrainingView:
             link = Text(f"  {page}", style=f"bold link {page.absolute().as_uri()}")
             self.console.print(link, soft_wrap=True)
 
-    def _command(self, arguments: str) -> None:
+    def _command(self, arguments: str, called: str | None = None) -> None:
         # In one piece however narrow the terminal is, so that it can be copied.
-        self.console.print(Text(f"  {program()} {arguments}", style="bold"), soft_wrap=True)
+        line = f"  {called or program()} {arguments}"
+        self.console.print(Text(line, style="bold"), soft_wrap=True)
+
+
+def _distorted(how: Augmentation | None) -> str:
+    """What is done to the training pictures."""
+    if how is None:
+        return "not at all"
+    parts = {
+        f"turned by up to {how.rotation:g} degrees": how.rotation,
+        f"scaled by {how.scale:.0%}": how.scale,
+        f"slanted by {how.shear:.0%}": how.shear,
+        f"bent by {how.bend:.0%}": how.bend,
+        f"shifted by {how.shift:g} pixels": how.shift,
+        "mirrored by chance": how.flip,
+        f"cropped by {how.crop:.0%}": how.crop,
+    }
+    return ", ".join(part for part, amount in parts.items() if amount)
+
+
+def _times(metrics: Mapping[str, Any]) -> str:
+    """What the time went into, as ``Trainer.spent``."""
+    shares = {name: percent(share) for name, share in metrics["time_shares"].items()}
+    return (
+        f"{shares['step']} steps, {shares['validation']} validation, {shares['data']} waiting for "
+        f"batches\n(they were made ready meanwhile, in {shares['preparing']} of the time)."
+    )
+
+
+def _about_shifts(run: Run, compared: bool) -> str:
+    text = "Shifted test pictures: the mean over up, down, left and right, zeros coming in.\n"
+    if compared and not (run.settings.shift or run.settings.crop):
+        text += "Neither was shown a shifted picture in training.\n"
+    return text
 
 
 def _accuracies(metrics: Mapping[str, Any]) -> Table:
