@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 from typer.testing import CliRunner, Result
 
 from neocog.cli import build_app
+from neocog.training import PARTS
 
 MLP = "mlp.safetensors"
 EPOCHS = 40
@@ -24,7 +26,8 @@ def call(*arguments: object) -> Result:
 def options(bars: Path, epochs: int = 2, seed: int = 3) -> list[str]:
     """The arguments of a run of a second, with the rate that learns bars soon."""
     found = [str(bars), "--arch", tiny.ARCHITECTURE, "--threads", "1", "--batch-size", "16"]
-    return [*found, "--lr", "0.01", "--epochs", str(epochs), "--seed", str(seed)]
+    found += ["--lr", "0.01", "--epochs", str(epochs), "--seed", str(seed)]
+    return [*found, "--engine", "eager"]
 
 
 def done(*arguments: object) -> Result:
@@ -43,9 +46,12 @@ def refused(*arguments: object) -> str:
 
 
 def metrics_of(folder: Path) -> dict[str, Any]:
-    """A run's metrics without the time it took."""
+    """A run's metrics without the time it took, and what that went into."""
     found = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     assert found.pop("seconds") > 0
+    shares = found.pop("time_shares")
+    assert sum(shares[part] for part in PARTS) == pytest.approx(1, abs=2e-4)  # of 4 digits each
+    assert shares["step"] > 0 and shares["preparing"] > 0
     return found
 
 

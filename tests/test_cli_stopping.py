@@ -145,10 +145,10 @@ def failing_in_epoch(epoch: int, name: str) -> Callable[..., tuple[float, int]]:
     """Learner.step, but for a loss that is NaN in the second step of an epoch."""
     step, calls = Learner.step, 0
 
-    def patched(self: Learner, x: Any, labels: Any, lr: float) -> tuple[float, int]:
+    def patched(self: Learner, batch: Any, lr: float) -> tuple[float, int]:
         nonlocal calls
         calls += self.architecture == name
-        value, right = step(self, x, labels, lr)
+        value, right = step(self, batch, lr)
         steps = -(-42 // 16)
         return (math.nan if calls == (epoch - 1) * steps + 2 else value), right
 

@@ -12,6 +12,7 @@ from PIL import Image
 from run_tools import KEPT, MLP, content, done, metrics_of, options, refused
 
 from neocog.checkpoint import BEST, LAST, load
+from neocog.runs import Run
 
 
 @pytest.mark.slow
@@ -72,6 +73,41 @@ def test_the_options_are_what_is_trained_with(bars, workplace):
     metrics = metrics_of(workplace / "run")
     assert (metrics["seed"], len(metrics["history"]), metrics["mlp_test_accuracy"]) == (11, 2, None)
     assert set(metrics["shifted"]["4"]) == {"cnn"} and not Path("run", MLP).exists()
+
+
+def test_distortions_and_engine_are_what_is_trained_with(bars, workplace):
+    more = ("--shift", 1.5, "--rotation", 5, "--flip", "--crop", 0.2)
+    result = done(*options(bars, epochs=1), *more, "--out", "run")
+    assert "rotation 5°" in result.stdout and "shift 1.5 px, crop 20%, flip" in result.stdout
+    assert "layer by layer" in result.stdout and "waiting for batches" in result.stdout
+    assert "Neither was shown a shifted picture" not in result.stdout
+    config = json.loads(Path("run", "config.json").read_text())
+    wanted = {"shift": 1.5, "rotation": 5.0, "flip": True, "crop": 0.2}
+    assert {**wanted, "engine": "eager"}.items() <= config["settings"].items()
+    assert wanted.items() <= config["augmentation"].items()
+    assert metrics_of(workplace / "run")["engine"] == "eager"
+
+
+def test_a_run_from_before_there_were_engines_goes_on_layer_by_layer(bars, workplace):
+    done(*options(bars), "--out", "run")
+    path = Path("run", "config.json")
+    config = json.loads(path.read_text())
+    for name in ("engine", "shift", "rotation", "flip", "crop"):
+        del config["settings"][name]
+    del config["workers"]
+    path.write_text(json.dumps(config))
+    run = Run.open(Path("run"))
+    assert (run.settings.engine, run.workers) == ("eager", 1)
+    before = metrics_of(workplace / "run")
+    assert "2 epochs are done" in done("--resume", "run").stdout
+    assert metrics_of(workplace / "run") == before
+
+
+@pytest.mark.slow
+def test_neocog_computes_the_steps_unless_told_otherwise(bars, workplace):
+    arguments = [bars, "--arch", tiny.ARCHITECTURE, "--epochs", 1, "--no-mlp", "--out", "run"]
+    assert "the whole step compiled" in " ".join(done(*arguments).stdout.split())
+    assert Run.open(Path("run")).settings.engine == metrics_of(Path("run"))["engine"] == "neocog"
 
 
 @pytest.mark.slow

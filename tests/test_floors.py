@@ -31,7 +31,8 @@ FLOORS = {
     8: "functional nn freezing reports backend",
     9: (
         "strokes images idx folders data "
-        "files factories models checkpoint augmentation evaluation training shifts plots runs "
+        "files factories models checkpoint augmentation evaluation settings distribution batches "
+        "training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
         "layer_times answering contenders race training_contenders training_race "
         "interchange exporting"
@@ -86,9 +87,13 @@ BESIDE = {
     "checkpoint": "factories files models",
     "exporting": "checkpoint files interchange",
     "evaluation": "checkpoint data",
-    "training": "augmentation checkpoint data evaluation models",
+    "settings": "augmentation models",
+    "batches": "augmentation checkpoint data distribution",
+    "training": "batches checkpoint data distribution evaluation models settings",
     "shifts": "checkpoint data evaluation",
-    "runs": "checkpoint data evaluation files images models plots shifts training",
+    "runs": (
+        "checkpoint data distribution evaluation files images models plots settings shifts training"
+    ),
     "layers": "sight",
     "tracing": "layers sight",
     "scenes": "layers sight",

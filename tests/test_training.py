@@ -12,19 +12,11 @@ import torch
 from torch import nn
 
 from neocog import data, models, shifts
-from neocog.augmentation import Augmentation
 from neocog.checkpoint import Preprocessing
 from neocog.data import DataSet, Split
 from neocog.errors import InvalidModel, NeocogError
-from neocog.training import (
-    WARM_UP,
-    Diverged,
-    InvalidSetting,
-    Settings,
-    Trainer,
-    choose_device,
-    learning_rate,
-)
+from neocog.settings import InvalidSetting, Settings, choose_device, engine_on
+from neocog.training import WARM_UP, Diverged, Trainer, learning_rate, time_shares
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +60,13 @@ def test_each_epoch_adds_a_row_to_the_history():
             for share, count in (("accuracy", trainer.data.train), ("val_accuracy", trainer.val)):
                 hits = row[name][share] * len(count)
                 assert 0 <= hits <= len(count) and hits == pytest.approx(round(hits))
-    assert trainer.seconds > 0
+    assert trainer.seconds >= sum(trainer.spent[part] for part in ("data", "step", "validation"))
+
+
+def test_shares_of_time_are_of_the_epochs_and_what_runs_beside_them_is_not_counted():
+    spent = {"data": 1.0, "step": 6.0, "validation": 3.0, "preparing": 5.0}
+    assert time_shares(spent) == {"data": 0.1, "step": 0.6, "validation": 0.3, "preparing": 0.5}
+    assert set(time_shares(tiny.trainer().spent).values()) == {0.0}
 
 
 def test_the_step_is_called_after_each_batch_and_the_last_may_be_smaller():
@@ -224,11 +222,34 @@ def test_a_weight_that_the_last_step_ruined_is_found(name):
         ("lr", -0.1, "a finite number above 0"),
         ("seed", -1, "0 to 2^63 - 1"),
         ("seed", 2**63, "0 to 2^63 - 1"),
+        ("shift", -1.0, "a number of at least 0"),
+        ("shift", math.nan, "a number of at least 0"),
+        ("rotation", 181.0, "a number from 0 to 180"),
+        ("crop", 0.95, "a number from 0 to 0.9"),
+        ("crop", -0.1, "a number from 0 to 0.9"),
     ],
 )
 def test_a_setting_out_of_range_is_named(name, value, expected):
     with pytest.raises(InvalidSetting, match=re.escape(f"{name}={value}: expected {expected}")):
         Settings(**{name: value})
+
+
+def test_an_engine_that_is_not_there_is_refused():
+    with pytest.raises(InvalidSetting, match="engine='eagre': expected neocog or eager"):
+        Settings(engine="eagre")
+
+
+@pytest.mark.parametrize("given", [{"shift": 2.0}, {"rotation": 5.0}, {"flip": True}])
+def test_distortions_do_not_go_with_pictures_as_they_are(given):
+    ((name, value),) = given.items()
+    message = f"{name}={value}: expected none without augmentation"
+    with pytest.raises(InvalidSetting, match=message):
+        Settings(augment=False, **given)
+
+
+def test_a_shift_out_of_the_picture_is_refused():
+    with pytest.raises(InvalidSetting, match="shift=7: expected at most half of the .* 12 pixels"):
+        tiny.trainer(shift=7.0)
 
 
 def test_the_largest_seed_is_taken():
@@ -263,6 +284,28 @@ def test_a_device_that_is_not_here_is_refused(name):
 def test_settings_errors_are_value_errors_and_the_cpu_is_always_here():
     assert issubclass(InvalidSetting, NeocogError) and issubclass(InvalidSetting, ValueError)
     assert choose_device("cpu") == torch.device("cpu")
+
+
+# --- engines
+
+
+@pytest.mark.slow
+def test_the_compiled_step_learns_as_layer_by_layer_and_keeps_the_same_state():
+    one, other = trained(2, engine="neocog", batch_size=41), trained(2, batch_size=41)
+    assert one.tensors().keys() == other.tensors().keys()
+    for name in ("cnn", "mlp"):
+        # A product in a few bits less, as of Winograd, is off by 1e-5 of a layer's largest value.
+        assert one.history[-1][name]["loss"] == pytest.approx(other.history[-1][name]["loss"], 1e-4)
+    resumed = tiny.trainer(engine="neocog", batch_size=41)
+    begun = trained(1, engine="neocog", batch_size=41)
+    resumed.restore(snapshot(begun), begun.history, begun.seconds, begun.spent)
+    resumed.run_epoch()
+    assert same(resumed.tensors(), one.tensors())
+
+
+def test_another_device_than_the_cpu_is_computed_layer_by_layer():
+    assert engine_on(torch.device("cpu"), Settings()) == "neocog"
+    assert engine_on(torch.device("cuda"), Settings()) == "eager"
 
 
 # --- the perceptron beside
@@ -303,83 +346,6 @@ def test_the_learning_rate_rises_to_its_peak_and_falls_to_nothing():
     assert rates[: peak + 1] == sorted(rates[: peak + 1])
     assert rates[peak:] == sorted(rates[peak:], reverse=True)
     assert min(rates[:-1]) > 0
-
-
-# --- augmentation
-
-
-def centres(images: torch.Tensor) -> torch.Tensor:
-    """[N, 2]: row and column of each picture's centre of mass, from the middle of the picture."""
-    mass = images[:, 0].double()
-    total = mass.sum(dim=(1, 2))
-    rows = torch.arange(mass.shape[1]) - (mass.shape[1] - 1) / 2
-    cols = torch.arange(mass.shape[2]) - (mass.shape[2] - 1) / 2
-    return (
-        torch.stack([(mass.sum(2) @ rows.double()), (mass.sum(1) @ cols.double())], 1)
-        / (total[:, None])
-    )
-
-
-def blobs(count: int) -> torch.Tensor:
-    """The same blob in the very middle of each of ``count`` pictures of 28 x 28."""
-    line = torch.arange(28) - 13.5
-    one = 255 * torch.exp(-(line[:, None] ** 2 + line[None] ** 2) / 40)
-    return one.to(torch.uint8).expand(count, 1, 28, 28)
-
-
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def test_turning_scaling_and_slanting_leave_every_picture_where_it_is():
-    moved = centres(Augmentation(bend=0.0)(blobs(500), seeded(0)))
-    assert moved.abs().max() < 0.02
-
-
-def test_bending_moves_pictures_hardly_and_on_average_nowhere():
-    moved = centres(Augmentation()(blobs(3000), seeded(0)))
-    assert moved.mean(dim=0).abs().max() < 4 * 0.5 / math.sqrt(3000)
-    assert moved.std(dim=0).max() < 0.5
-    # and the same measurement does see pictures that are moved, by up to 2 pixels evenly
-    shifted = centres(Augmentation(shift=2.0)(blobs(3000), seeded(0)))
-    assert shifted.std(dim=0).min() > 1.0
-
-
-def test_the_augmentation_of_training_never_shifts():
-    trainer = tiny.trainer()
-    assert trainer.augmentation is not None and trainer.augmentation.shift == 0
-    assert tiny.trainer(augment=False).augmentation is None
-
-
-def test_augmentation_is_settled_by_its_generator_and_differs_from_picture_to_picture():
-    images = blobs(8)
-    one = Augmentation()(images, seeded(3))
-    assert torch.equal(one, Augmentation()(images, seeded(3)))
-    assert not torch.equal(one, Augmentation()(images, seeded(4)))
-    assert all(not torch.equal(one[0], other) for other in one[1:])
-    assert one.dtype == torch.float32 and one.shape == images.shape
-    assert one.min() >= 0 and one.max() <= 255
-
-
-def test_without_any_amount_a_picture_stays_as_it_is():
-    images = torch.randint(0, 256, (3, 3, 9, 14), dtype=torch.uint8, generator=seeded(1))
-    still = Augmentation(rotation=0, scale=0, shear=0, bend=0)(images, seeded(0))
-    torch.testing.assert_close(still, images.float(), rtol=0, atol=1e-2)
-
-
-@pytest.mark.parametrize(("fill", "darkest"), [("zeros", 0), ("border", 199)])
-def test_what_comes_in_from_outside(fill, darkest):
-    light = torch.full((200, 1, 20, 20), 200, dtype=torch.uint8)
-    lowest = Augmentation(fill=fill)(light, seeded(0)).min()
-    assert lowest >= darkest and (lowest < 1) == (fill == "zeros")
-
-
-@pytest.mark.parametrize(("invert", "fill"), [(False, "zeros"), (True, "border")])
-def test_training_fills_as_the_background_is(invert, fill):
-    images, labels = tiny.pictures(10)
-    found = data.from_arrays(255 - images if invert else images, labels, tiny.CLASSES)
-    augmentation = tiny.trainer(found).augmentation
-    assert augmentation is not None and augmentation.fill == fill
 
 
 # --- shifted test pictures

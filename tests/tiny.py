@@ -15,7 +15,8 @@ from PIL import Image
 from neocog import data
 from neocog.data import DataSet
 from neocog.runs import preprocessing_of
-from neocog.training import Settings, Trainer
+from neocog.settings import Settings
+from neocog.training import Trainer
 
 CLASSES = ("left", "middle", "right")
 SIDE = 12
@@ -49,9 +50,15 @@ def folder(where: Path, count: int = 20) -> Path:
 
 
 def trainer(found: DataSet | None = None, **settings: object) -> Trainer:
-    """A trainer of a tiny network."""
+    """A trainer of a tiny network, layer by layer: compiling it takes longer than training."""
     found = found or dataset()
-    chosen = {"architecture": ARCHITECTURE, "epochs": 4, "batch_size": 16, **settings}
+    chosen: dict[str, object] = {
+        "architecture": ARCHITECTURE,
+        "epochs": 4,
+        "batch_size": 16,
+        "engine": "eager",
+    }
+    chosen |= settings
     return Trainer(found, Settings(**chosen), preprocessing_of(found))  # type: ignore[arg-type]
 
 

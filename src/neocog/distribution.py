@@ -141,19 +141,29 @@ class Group:
         before = signal.signal(signal.SIGTERM, _terminated)
         try:
             yield
-        except _Terminated:
-            raise WorkerLost(
-                f"torchrun stops the run: one of its {self.size} workers ended, or it was stopped "
-                "itself"
-            ) from None
-        except RuntimeError as error:
-            if not _is_about_a_worker(error):
+        except BaseException as error:
+            # This process is about to end by itself: SIGTERM follows, and says no more than this.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            reason = self._lost(error)
+            if reason is None:
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it follows, and says no more than this
+            raise WorkerLost(reason) from error
+        signal.signal(signal.SIGTERM, before)
+
+    def _lost(self, error: BaseException) -> str | None:
+        """What an error says about the other workers; None if it is about something else."""
+        if isinstance(error, _Terminated):
+            return (
+                f"torchrun ended this one of {self.size} workers: another had ended, or torchrun "
+                "was told to"
+            )
+        # Errors of gloo have no class of their own.
+        if isinstance(error, dist.DistError) or (
+            isinstance(error, RuntimeError) and "gloo" in str(error).lower()
+        ):
             other = f"worker {1 - self.rank}" if self.size == 2 else "another worker"
-            raise WorkerLost(f"{other} of {self.size} ended or cannot be reached") from error
-        else:
-            signal.signal(signal.SIGTERM, before)
+            return f"{other} of {self.size} ended or cannot be reached"
+        return None
 
 
 def join() -> Group:
@@ -195,8 +205,3 @@ def leave() -> None:
 def _terminated(number: int, frame: FrameType | None) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise _Terminated
-
-
-def _is_about_a_worker(error: RuntimeError) -> bool:
-    """Whether PyTorch's communication failed; gloo's errors have no class of their own."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

@@ -137,15 +137,15 @@ class TrainingView:
 def _distorted(how: Augmentation | None) -> str:
     """What is done to the training pictures."""
     if how is None:
-        return "not at all"
+        return "not at all: shown as they are"
     parts = {
-        f"turned by up to {how.rotation:g} degrees": how.rotation,
-        f"scaled by {how.scale:.0%}": how.scale,
-        f"slanted by {how.shear:.0%}": how.shear,
-        f"bent by {how.bend:.0%}": how.bend,
-        f"shifted by {how.shift:g} pixels": how.shift,
-        "mirrored by chance": how.flip,
-        f"cropped by {how.crop:.0%}": how.crop,
+        f"rotation {how.rotation:g}°": how.rotation,
+        f"scale {how.scale:.0%}": how.scale,
+        f"shear {how.shear:.0%}": how.shear,
+        f"bend {how.bend:.0%}": how.bend,
+        f"shift {how.shift:g} px": how.shift,
+        f"crop {how.crop:.0%}": how.crop,
+        "flip": how.flip,
     }
     return ", ".join(part for part, amount in parts.items() if amount)
 
