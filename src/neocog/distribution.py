@@ -153,10 +153,7 @@ class Group:
     def _lost(self, error: BaseException) -> str | None:
         """What an error says about the other workers; None if it is about something else."""
         if isinstance(error, _Terminated):
-            return (
-                f"torchrun ended this one of {self.size} workers: another had ended, or torchrun "
-                "was told to"
-            )
+            return f"another of {self.size} workers ended, or torchrun was stopped"
         # Errors of gloo have no class of their own.
         if isinstance(error, dist.DistError) or (
             isinstance(error, RuntimeError) and "gloo" in str(error).lower()

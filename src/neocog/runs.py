@@ -181,6 +181,10 @@ class Run:
         )
         save(self.folder / LAST, last)
 
+    def kept(self) -> int:
+        """How many epochs a resumed run need not do again; InvalidModel if that cannot be read."""
+        return load(self.folder / LAST).header.epoch
+
     def finish(self, trainer: Trainer) -> dict[str, Any]:
         """Judges the best networks by the test part; writes and returns the metrics."""
         found, how = trainer.data, trainer.preprocessing

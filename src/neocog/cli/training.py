@@ -162,10 +162,10 @@ def _run(run: Run, trainer: Trainer, view: TrainingView, as_json: bool) -> None:
             signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun hands it on once more
             if group.first:
                 group.tells()
-        view.stopped(run, trainer)
+        view.stopped(run, _kept(run, trainer), group)
         raise typer.Exit(130) from None
     except WorkerLost as error:
-        kept = f"{len(trainer.history)} of {run.settings.epochs} epochs are kept"
+        kept = f"{_kept(run, trainer)} of {run.settings.epochs} epochs are kept"
         command = f"{group.command} train --resume {shlex.quote(str(run.folder))}"
         raise WorkerLost(f"{error}: the run stops; {kept}. Go on by: {command}") from error
     pages = _pages(run, metrics, view.notes)
@@ -173,6 +173,14 @@ def _run(run: Run, trainer: Trainer, view: TrainingView, as_json: bool) -> None:
         print_json({"run": str(run.folder), "pages": [str(page) for page in pages], **metrics})
     else:
         view.results(run, metrics, pages)
+
+
+def _kept(run: Run, trainer: Trainer) -> int:
+    """The epochs that are saved; the last one may have been stopped short of that."""
+    try:
+        return run.kept()
+    except (NeocogError, OSError):  # the directory is on another machine
+        return len(trainer.history)
 
 
 def _begun(

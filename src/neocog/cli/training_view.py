@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..augmentation import Augmentation
+from ..distribution import Group
 from ..models import weight_count
 from ..runs import Run
 from ..training import OnStep, Trainer
@@ -99,13 +100,12 @@ class TrainingView:
             line.append(f"loss {part['loss']:.3f}, {percent(part['val_accuracy'])}")
         self.console.print(line)
 
-    def stopped(self, run: Run, trainer: Trainer) -> None:
+    def stopped(self, run: Run, epochs: int, group: Group) -> None:
         """After Ctrl-C."""
-        epochs = len(trainer.history)
         self.console.print(
             f"\nstopped; {epochs} of {run.settings.epochs} epochs are kept. Go on by"
         )
-        called = program() if trainer.group.size == 1 else trainer.group.command
+        called = program() if group.size == 1 else group.command
         self._command(f"train --resume {shlex.quote(str(run.folder))}", called)
 
     def results(self, run: Run, metrics: Mapping[str, Any], pages: Sequence[Path]) -> None:
