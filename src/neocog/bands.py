@@ -179,8 +179,6 @@ def emit(
             if not last:
                 out = row_of(kept[number].map, rows.start - band[number + 1].first)
             layer(number, rows.conv(conv), x, out, rows.start)
-    for between in kept:
-        p.release(between.corner)
 
 
 def row_of(m: Map, row: int) -> Map:

@@ -63,10 +63,8 @@ def depthwise_weight_gradient_steps(
     if gw is not None and "w" in needs:
         offsets = [kh * conv.cols.size + kw for kh, kw in plan.order]
         _add_up(p, target, channels, partial, (chunks, sums), gw, offsets)
-    p.release(partial)
     if gbias is not None and total is not None:
         _add_up(p, target, channels, total, (chunks, vectors * lanes), gbias, [0])
-        p.release(total)
 
 
 def _add_up(p: Program, target: Target, channels: int, partial: Place, chunks: tuple[int, int],

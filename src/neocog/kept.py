@@ -32,22 +32,24 @@ class Kept:
     values: dict[Node, tuple[int, Halo]] = field(default_factory=dict)
     winners: dict[Node, int] = field(default_factory=dict)
     statistics: dict[Node, int] = field(default_factory=dict)
+    parts: dict[int, int] = field(default_factory=dict)
+    """The size of each, by where it starts."""
     size: int = 0
 
     def take(self, elements: int) -> int:
         """Room for some elements, from the start of a cache line."""
-        start = self.size
-        self.size += -(-elements // 16) * 16
+        start, size = self.size, -(-elements // 16) * 16
+        self.parts[start] = size
+        self.size += size
         return start
 
-    def map_of(self, node: Node, start: Place) -> tuple[Map, Place]:
-        """A kept value in the tensor that begins at ``start``, and the corner of its halo."""
-        offset, halo = self.values[node]
-        _, channels, height, width = node.map_shape
-        row = (width + halo.left + halo.right) * channels
-        image = (height + halo.top + halo.bottom) * row
-        corner = start + offset
-        return Map(corner + (halo.top * row + halo.left * channels), image, row, channels), corner
+
+def kept_map(node: Node, corner: Place, halo: Halo) -> tuple[Map, Place]:
+    """The map of a kept value whose halo begins at ``corner``, and that corner."""
+    _, channels, height, width = node.map_shape
+    row = (width + halo.left + halo.right) * channels
+    image = (height + halo.top + halo.bottom) * row
+    return Map(corner + (halo.top * row + halo.left * channels), image, row, channels), corner
 
 
 def halo_for(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Halo:

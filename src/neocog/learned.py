@@ -154,6 +154,8 @@ class _Stage(torch.autograd.Function):
                 spec, programs.kept, programs.wanted, programs.graded
             )
         plan = programs.backward
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            saved = saved.clone()  # the program works in it
         given = [_ready(g, spec.layout) for g in grads]
         POOL.next_pass()
         inputs = [

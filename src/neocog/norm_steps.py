@@ -51,7 +51,6 @@ def batch_statistics(
     _pass(p, bn.MomentsPlan(target, channels), shape, {"y": y}, sums=sums)
     _finish(p, target, channels, eps, parameters, statistics,
             {"first": y.place, "sums": sums, "parts": parts, "count": _pixels(shape)})  # fmt: skip
-    p.release(sums)
 
 
 def given_statistics(
@@ -106,8 +105,6 @@ def norm_gradient(
     if "out" in maps:
         plan = bn.NormGradientPlan(target, channels, act, False, reads_z, residual)
         _pass(p, plan, shape, maps, statistics=statistics, coefficients=coefficients)
-    p.release(sums)
-    p.release(coefficients)
 
 
 def _pass(

@@ -13,8 +13,9 @@ its fields; a pointer field is a place: a buffer and an offset into it. Buffers 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +23,7 @@ import torch
 
 from .cpu import driver, runtime
 from .cpu.runtime import Kernel
+from .lifetimes import Lent, Life, arrange
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
@@ -59,15 +61,19 @@ class Step:
     alongside: bool = False
     """Whether the next step may run at the same time: it does not touch what this one writes."""
 
-    def words(self, scratch: dict[str, Place | int]) -> list[int]:
-        """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers."""
+    def words(self, scratch: dict[str, Place | int], homes: Mapping[int, Place]) -> list[int]:
+        """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers.
+
+        ``homes``: where the buffers are that stand in others.
+        """
         fields = self.fields | scratch
         given, words = set(fields), []
         for name in self.kernel.fields:
             value = fields[name.rstrip("*")]
             given.discard(name.rstrip("*"))
             if isinstance(value, Place):
-                words += [value.buffer, 4 * value.offset]
+                place = homes.get(value.buffer, Place(value.buffer)) + value.offset
+                words += [place.buffer, 4 * place.offset]
             else:
                 words.append(int(value))
         if given:
@@ -75,42 +81,18 @@ class Step:
         return words
 
 
-@dataclass
+@dataclass(frozen=True)
 class Scratch:
-    """Memory shared out by lifetimes: what is given back serves again. Sizes in float32."""
+    """A buffer of the program's own, or a part of a call buffer that serves as such."""
 
-    size: int = 0
-    _taken: dict[int, int] = field(default_factory=dict)
-    _holes: dict[int, int] = field(default_factory=dict)
-
-    def take(self, elements: int) -> int:
-        """The offset of ``elements`` float32, with slack behind them."""
-        size = _lines(elements + SLACK)
-        fitting = [hole for hole in self._holes.items() if hole[1] >= size]
-        if fitting:  # the smallest that is large enough
-            start, room = min(fitting, key=lambda hole: hole[1])
-            del self._holes[start]
-            if room > size:
-                self._holes[start + size] = room - size
-        else:  # a hole at the end grows
-            start = max(self._holes, default=self.size)
-            if start + self._holes.pop(start, 0) != self.size:
-                start = self.size
-            self.size = start + size
-        self._taken[start] = size
-        return start
-
-    def give_back(self, start: int) -> None:
-        """Free what :meth:`take` gave at ``start``."""
-        size = self._taken.pop(start)
-        for other, room in sorted(self._holes.items()):
-            if other + room == start:
-                start, size = other, size + room
-                del self._holes[other]
-            elif start + size == other:
-                size += room
-                del self._holes[other]
-        self._holes[start] = size
+    size: int
+    """float32 elements, the slack behind them included."""
+    section: int | None = None
+    """The section in each of whose iterations it is made anew."""
+    part: Place | None = None
+    """Where it stands, if it is a part of a call buffer."""
+    given: bool = False
+    """Whether a part holds something at the start, not at the end."""
 
 
 def _lines(elements: int) -> int:
@@ -125,9 +107,8 @@ class Section:
     first: int
     """The number of its first step."""
     iterations: int = 1
-    scratch: Scratch | None = None
-    """Memory of one iteration, as buffer ``buffer``; None: it works in the arena."""
     buffer: int = ARENA
+    """Memory of one iteration."""
     moves: list[tuple[int, Place, int]] = field(default_factory=list)
     """Virtual buffers: (number, where it starts, elements it moves on by per iteration)."""
 
@@ -148,7 +129,7 @@ class Program:
     sections: list[Section] = field(default_factory=lambda: [Section(0)])
     about: object = None
     """What steps from now on belong to, for whoever shows the program."""
-    _arena: Scratch = field(default_factory=Scratch)
+    _scratch: list[Scratch] = field(default_factory=list)
     _virtual: int = 0
     _thread_scratch: list[tuple[Step, str, int]] = field(default_factory=list)
     _constants: list[np.ndarray] = field(default_factory=list)
@@ -162,11 +143,11 @@ class Program:
     def section(self, iterations: int = 1) -> None:
         """Steps from now on belong to a new section."""
         last = self.sections[-1]
-        if last.first == len(self.steps) and last.scratch is None:
+        if last.first == len(self.steps) and last.iterations == 1:
             self.sections.pop()  # nothing happened in it: it would only cost a barrier
         made = Section(len(self.steps), iterations)
         if iterations > 1:
-            made.scratch, made.buffer = Scratch(), self._new_buffer()
+            made.buffer = self._new_buffer()
         self.sections.append(made)
 
     def _new_buffer(self) -> int:
@@ -182,21 +163,24 @@ class Program:
     def scratch(self, elements: int, shared: bool = False) -> Place:
         """``elements`` float32 of scratch, with slack behind them.
 
-        The slack lets kernels read whole blocks of channels at the end of the last row. ``shared``:
-        outlives an iteration of this section.
+        It lasts from the first to the last step that names it. The slack lets kernels read whole
+        blocks of channels at the end of the last row. ``shared``: outlives an iteration of this
+        section.
         """
-        own = self.sections[-1]
-        if own.scratch is None or shared:
-            return Place(ARENA, self._arena.take(elements))
-        return Place(own.buffer, own.scratch.take(elements))
+        number = len(self.sections) - 1
+        own = self.sections[number].iterations > 1 and not shared
+        self._scratch.append(Scratch(_lines(elements + SLACK), number if own else None))
+        return Place(-len(self._scratch))
 
-    def release(self, place: Place) -> None:
-        """Give back scratch: no step appended from now on reads what it holds."""
-        for section in self.sections:
-            if section.scratch is not None and section.buffer == place.buffer:
-                section.scratch.give_back(place.offset)
-                return
-        self._arena.give_back(place.offset)
+    def lend(self, place: Place, elements: int, given: bool) -> Place:
+        """A part of a call buffer, which serves as scratch as long as it holds nothing.
+
+        ``given``: it holds something from the start on, and nothing behind the last step that names
+        it. Else it is a result: it holds nothing before the first step that names it. All parts are
+        of the same buffer, and start and end with cache lines.
+        """
+        self._scratch.append(Scratch(elements, None, place, given))
+        return Place(-len(self._scratch))
 
     def constant(self, values: list[int]) -> Place:
         """A table of int64 owned by the program."""
@@ -237,14 +221,68 @@ class Program:
             built = self._built[threads] = self._build(threads)
         return built
 
+    def _homes(self) -> tuple[dict[int, Place], dict[int | None, int]]:
+        """Where each scratch buffer stands, and the size of each section's own and of the arena."""
+        lives = self._lives()
+        homes: dict[int, Place] = {}
+        sizes: dict[int | None, int] = {None: 0}
+        numbered = [(-1 - i, s) for i, s in enumerate(self._scratch)]
+        parts = [(s.part, lives[n]) for n, s in numbered if s.part is not None]
+        homes |= {n: s.part for n, s in numbered if s.part is not None}
+        room = max((place.offset + life.size for place, life in parts), default=0)
+        of_parts = Lent(room, [(place.offset, life) for place, life in parts])
+        for section in dict.fromkeys(s.section for s in self._scratch):
+            own = {n: lives[n] for n, s in numbered if s.section == section and s.part is None}
+            lent = of_parts if section is None else Lent()
+            starts, sizes[section] = arrange(list(own.values()), lent)
+            memory = ARENA if section is None else self.sections[section].buffer
+            for number, start in zip(own, starts, strict=True):
+                if start < lent.size:
+                    homes[number] = Place(parts[0][0].buffer, start)
+                else:
+                    homes[number] = Place(memory, start - lent.size)
+        return homes, sizes
+
+    def _lives(self) -> dict[int, Life]:
+        """When each scratch buffer is in use.
+
+        Steps that run alongside each other happen in one moment; and so, for whoever outlives an
+        iteration, do all steps of a section that has several.
+        """
+        moments = [0] * (len(self.steps) + 1)
+        for i, step in enumerate(self.steps):
+            moments[i + 1] = moments[i] + (not step.alongside)
+        named: dict[int, list[int]] = {}
+        bounds = [*(s.first for s in self.sections[1:]), len(self.steps)]
+        for number, (section, stop) in enumerate(zip(self.sections, bounds, strict=True)):
+            bases = {moving: place.buffer for moving, place, _ in section.moves}
+            for i in range(section.first, stop):
+                places = [p for p in self.steps[i].fields.values() if isinstance(p, Place)]
+                for buffer in (bases.get(p.buffer, p.buffer) for p in places):
+                    seen = named.setdefault(buffer, [])
+                    seen.append(moments[i])
+                    lasts = buffer < 0 and self._scratch[-1 - buffer].section != number
+                    if section.iterations > 1 and lasts:
+                        seen += moments[section.first], moments[stop - 1]
+        lives = {}
+        for number, scratch in enumerate(self._scratch):
+            seen = named.get(-1 - number, [])
+            first: float = min(seen, default=0)
+            last: float = max(seen, default=-1)
+            if scratch.part is not None:
+                first, last = (-1, last) if scratch.given else (first, math.inf)
+            lives[-1 - number] = Life(scratch.size, first, last)
+        return lives
+
     def _build(self, threads: int) -> tuple:
-        arena = self._arena.size
+        homes, sizes = self._homes()
+        arena = sizes[None]
         scratch: dict[int, dict[str, Place | int]] = {}
         stride = _lines(max((n for *_, n in self._thread_scratch), default=0)) + ALIGNMENT // 4
         for step, name, _ in self._thread_scratch:
             scratch[id(step)] = {name: Place(ARENA, arena), f"{name}_stride": stride}
         arena += stride * threads if self._thread_scratch else 0
-        tables = [np.asarray(s.words(scratch.get(id(s), {})), np.int64) for s in self.steps]
+        tables = [np.asarray(s.words(scratch.get(id(s), {}), homes), np.int64) for s in self.steps]
         own = arena  # one section's own scratch is the next one's
         steps = np.asarray(
             [
@@ -255,12 +293,13 @@ class Program:
         ).reshape(-1, len(driver.STEP))
         moves, words = [], []
         bounds = [*(s.first for s in self.sections[1:]), len(self.steps)]
-        for section, stop in zip(self.sections, bounds, strict=True):
-            private = section.private(threads)
-            size = _lines(section.scratch.size) if section.scratch else 0
+        for number, (section, stop) in enumerate(zip(self.sections, bounds, strict=True)):
+            private, size = section.private(threads), sizes.get(number, 0)
             arena = max(arena, own + size * (threads if private else 1))
-            made = [(n, p.buffer, 4 * p.offset, 4 * by, 0) for n, p, by in section.moves]
-            if section.scratch:
+            places = [(n, homes.get(p.buffer, Place(p.buffer)) + p.offset, by)
+                      for n, p, by in section.moves]  # fmt: skip
+            made = [(n, p.buffer, 4 * p.offset, 4 * by, 0) for n, p, by in places]
+            if section.iterations > 1:
                 made.append((section.buffer, ARENA, 4 * own, 0, 4 * size * private))
             moves.append(np.asarray(made, np.int64).reshape(-1, len(driver.MOVE)))
             words += [int(private), section.iterations, len(made), moves[-1].ctypes.data,

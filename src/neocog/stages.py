@@ -69,14 +69,6 @@ class Native:
 
 
 @dataclass
-class _Home:
-    """Memory of one or several maps: released when the last reader is done."""
-
-    corner: Place | None
-    readers: int = 0
-
-
-@dataclass
 class Builder:
     """Makes the program of some nodes; :meth:`build` once."""
 
@@ -89,7 +81,6 @@ class Builder:
     seam: int
     """How many of the first nodes run image by image."""
     maps: dict[Node, Map] = field(default_factory=dict)
-    homes: dict[Node, _Home] = field(default_factory=dict)
     delivered: set[Node] = field(default_factory=set)
     planes: dict[Node, int] = field(default_factory=dict)
     """Elements between the channels of maps that are planes."""
@@ -134,7 +125,8 @@ class Builder:
             else:
                 self._emit(chain[0])
             for node in chain:
-                self._after(node)
+                if node in self.outputs and node not in self.delivered:
+                    self._deliver(node)
 
     def _shape(self, node: Node) -> tuple[int, int, int, int]:
         """The shape of a node's map in one iteration."""
@@ -194,7 +186,6 @@ class Builder:
             if whole not in self.maps:
                 self._allocate(whole)
             m = self.maps[whole]
-            self.homes[node] = self.homes[whole]
             self.maps[node] = replace(m, place=m.place + first)
             if whole in self.full:
                 full = self.full[whole]
@@ -208,7 +199,6 @@ class Builder:
             lasting = self.iterations > 1 and any(u not in self.running for u in readers)
             shape = node.map_shape if lasting else self._shape(node)
             m, corner = scratch_map(self.p, shape, halo, shared=lasting)
-            self.homes[node] = _Home(corner)
             if lasting:
                 self.full[node] = m
                 m = replace(m, place=self._moving(m.place, m.image))
@@ -216,22 +206,6 @@ class Builder:
             clear_halo(self.p, self.target, m, corner, self._shape(node), halo)
             self.maps[node] = m
         return self.maps[node]
-
-    def _after(self, node: Node) -> None:
-        """Deliver what is returned; count readers, and release what nobody reads any more."""
-        if node in self.outputs and node not in self.delivered:
-            self._deliver(node)
-        if node in self.homes:
-            users = [u for u in self.uses[node] if u in self.own and u is not node]
-            self.homes[node].readers += len(users)
-        for source in node.inputs:
-            home = self.homes.get(source)
-            if home is None:
-                continue
-            home.readers -= 1
-            if home.readers == 0 and home.corner is not None:
-                self.p.release(home.corner)
-                home.corner = None
 
     # ---------------------------------------------------------------- nodes
 
@@ -248,10 +222,6 @@ class Builder:
         else:
             m = read(self.p, self.target, place, layout, self._shape(node), halo)
         self.maps[node] = m
-        if m.place.buffer != place.buffer:
-            corner = m.place + -(halo.top * m.row + halo.left * m.pixel)
-            readers = sum(u in self.running for u in self.uses[node])
-            self.homes[node] = _Home(corner, readers)
 
     def _reads_planes(self, node: Node) -> bool:
         """Whether all that read a map can read its channels as planes: no need to mix them."""

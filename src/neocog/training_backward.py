@@ -7,7 +7,7 @@ that the convolution reads which takes it further back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 
 from . import norm_steps
@@ -48,11 +48,8 @@ def backward_program(
     names += [f"p {name}" for name in spec.strides]
     names += ["kept", *(f"gout{i}" for i in range(len(spec.outputs)))]
     names += [*(f"gin{i}" for i in gin), *(f"gp{i}" for i in range(len(uses)))]
-    last: Mapping[Hashable, int] = {}
-    for _ in range(2):
-        steps = _Undo(spec, kept, Program(tuple(names)), last, wanted=wanted, graded=graded)
-        steps.all()
-        last = steps.touched
+    steps = _Undo(spec, kept, Program(tuple(names)), given=True, wanted=wanted, graded=graded)
+    steps.all()
     return Backward(steps.p, tuple(gin), tuple(uses))
 
 
@@ -86,12 +83,10 @@ class _Undo(Steps):
             if node in self.spec.outputs:
                 self._take(node, f"gout{self.spec.outputs.index(node)}")
             self._undo(node)
-            self.tick()
         for i, node in enumerate(self.spec.inputs):
             if node in self.wanted:
                 self.p.about = node
-                self.deliver(self.touch(self.gradients[node]), node, f"gin{i}")
-                self.tick()
+                self.deliver(self.maps[self.gradients[node]], node, f"gin{i}")
 
     def _buffer_for(self, node: Node, name: str | None) -> Place | None:
         """Where the gradient of a parameter of this node goes, if it is wanted."""
@@ -125,7 +120,7 @@ class _Undo(Steps):
         if not adds:
             self.gradients[node] = key = ("gradient", node)
             self.scratch(key, node.map_shape, self._own_halo(node))
-        return self.touch(self.gradients[node]), adds
+        return self.maps[self.gradients[node]], adds
 
     def _pass_on(self, node: Node, m: Map, key: Hashable | None) -> None:
         """Give a gradient to another node too, or add it to its own.
@@ -144,7 +139,7 @@ class _Undo(Steps):
 
     def _undo(self, node: Node) -> None:
         key = self.gradients[node]
-        g = self.touch(key)
+        g = self.maps[key]
         match node.op:
             case Layer():
                 self._layer(node, node.op, g)
@@ -172,7 +167,7 @@ class _Undo(Steps):
         if act != IDENTITY or pool is not None:
             pooled, g = g, self.scratch(("before", node), op.block.conv_shape, self._halo(node))
             result = self.value(node) if act != IDENTITY else None
-            winners = self.saved + self.kept.winners[node] if pool is not None else None
+            winners = self.winners(node) if pool is not None else None
             shapes = (op.block.conv_shape, node.map_shape)
             unpool(p, target, pool, act, *shapes, pooled, g, result, winners)
         places = {"w": self._buffer_for(node, op.weight), "bias": self._buffer_for(node, op.bias)}
@@ -221,7 +216,7 @@ class _Undo(Steps):
 
     def _pool(self, node: Node, op: PoolNode, g: Map) -> None:
         (source,), pool = node.inputs, op.pool
-        winners = self.saved + self.kept.winners[node] if pool.kind == "max" else None
+        winners = self.winners(node) if pool.kind == "max" else None
         fresh = source not in self.gradients
         out = self._into(source)[0] if fresh else self.scratch(("part", node), pool.in_shape)
         shapes = (pool.in_shape, pool.out_shape)

@@ -45,6 +45,7 @@ from .answering import (
 )
 from .architectures import ARCHITECTURES, Shape
 from .contenders import Task
+from .memory import POOL
 from .program import free_scratch
 
 Forward = Callable[[Tensor], Tensor]
@@ -286,12 +287,13 @@ def peak_growth(run: Callable[[], Any], before: Callable[[], Any]) -> int:
     """Bytes by which resident memory at its highest during ``run()`` exceeds that before it.
 
     ``before()`` drops what shall not be there at the start. What this process has freed but not
-    given back to the system, and neocog's scratch, is given back first: whoever needs it again
-    grows. Exact in a process with :data:`EXACT_MEMORY`; elsewhere for tensors of over 32 MB.
+    given back to the system, and what neocog holds ready, is given back first: whoever needs it
+    again grows. Exact in a process with :data:`EXACT_MEMORY`; elsewhere for tensors of over 32 MB.
     """
     before()
     gc.collect()
     free_scratch()
+    POOL.clear()
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     thp_disable = 41  # a huge page would count whole for the sake of a few bytes

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-
 from . import choices, norm_steps
 from .convolutions import Weights
 from .fusion import LARGEST_FUSED_WINDOW
@@ -19,22 +17,16 @@ from .training_steps import Spec, Steps, pointwise_steps
 
 def forward_program(spec: Spec, kept: Kept) -> Program:
     """Call buffers: in0.., the parameters ("p " + name), kept, out0.. ."""
-    first = _written(spec, kept, {})
-    return _written(spec, kept, first.touched).p
-
-
-def _written(spec: Spec, kept: Kept, last: Mapping[Hashable, int]) -> Forward:
     names = [f"in{i}" for i in range(len(spec.inputs))]
     names += [f"p {name}" for name in spec.strides]
     names += ["kept", *(f"out{i}" for i in range(len(spec.outputs)))]
-    made = Forward(spec, kept, Program(tuple(names)), last)
+    made = Forward(spec, kept, Program(tuple(names)))
     for node in spec.nodes:
         made.p.about = node
         made.compute(node)
         if node in spec.outputs:
             made.deliver(made.value(node), node, f"out{spec.outputs.index(node)}")
-        made.tick()
-    return made
+    return made.p
 
 
 class Forward(Steps):
@@ -62,7 +54,7 @@ class Forward(Steps):
         x, steps = self.value(node.inputs[0]), pointwise_steps(op)
         fused = pool is not None and self._fuses(op, pool)
         if pool is None or fused:
-            winners = self._winners(node) if fused else None
+            winners = self._winner_map(node) if fused else None
             out = self.new_value(node)
             every = op.block.epilogue if fused else steps
             self.convolve(conv, weights, x, out, every, extra, winners)
@@ -77,18 +69,18 @@ class Forward(Steps):
         return plain and pool.step.rows.span <= LARGEST_FUSED_WINDOW
 
     def _pool(self, node: Node, pool: Pool, x: Map) -> None:
-        winners = self._winners(node)
+        winners = self._winner_map(node)
         place = None if winners is None else winners.place
         pool_steps(self.p, self.spec.target, pool, x, self.new_value(node), place)
 
-    def _winners(self, node: Node) -> Map | None:
+    def _winner_map(self, node: Node) -> Map | None:
         """Where the winning taps of a max pool are kept, if a gradient will ask for them.
 
         Its place counts in float32 elements, its strides in winners.
         """
         if node not in self.kept.winners or pool_of(node) is None:
             return None
-        return Map.dense(self.saved + self.kept.winners[node], *node.map_shape[1:])
+        return Map.dense(self.winners(node), *node.map_shape[1:])
 
     def _statistics(self, node: Node, norm: object) -> None:
         p, target, place = self.p, self.spec.target, self.statistics(node)

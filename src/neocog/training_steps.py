@@ -1,7 +1,7 @@
-"""What the forward and the backward program of a stage have in common: maps, weights, lifetimes.
+"""What the forward and the backward program of a stage have in common: maps and weights.
 
-A program is written twice. The first time tells when each piece of scratch is used last; the
-second time gives it back right then.
+What is kept between the two is lent to both as scratch: to the forward program before it is
+written, to the backward program as soon as it has been read for the last time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from . import choices, convolutions, norm_steps
 from .convolutions import Weights
 from .cpu import elementwise
-from .kept import Kept, halo_for, is_norm, pool_of
+from .kept import Kept, halo_for, is_norm, kept_map, pool_of
 from .kernels import kernel
 from .maps import NCHW, Halo, Map, clear_halo, deliver, read, scratch_map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
@@ -48,12 +48,17 @@ class Steps:
     spec: Spec
     kept: Kept
     p: Program
-    last: Mapping[Hashable, int] = field(default_factory=dict)
-    """When each piece of scratch is used last, from the first time."""
-    now: int = 0
-    touched: dict[Hashable, int] = field(default_factory=dict)
+    given: bool = False
+    """Whether what is kept comes with the call, and is of no use to anybody afterwards."""
     maps: dict[Hashable, Map] = field(default_factory=dict)
-    corners: dict[Hashable, Place] = field(default_factory=dict)
+    parts: dict[int, Place] = field(default_factory=dict)
+    """Of what is kept, by where they start."""
+
+    def __post_init__(self) -> None:
+        """All that is kept, in parts."""
+        start = self.p.buffer("kept")
+        for offset, size in self.kept.parts.items():
+            self.parts[offset] = self.p.lend(start + offset, size, self.given)
 
     # ---------------------------------------------------------------- memory
 
@@ -61,24 +66,8 @@ class Steps:
         """A new map in scratch."""
         m, corner = scratch_map(self.p, shape, halo)
         clear_halo(self.p, self.spec.target, m, corner, shape, halo)
-        self.maps[key], self.corners[key] = m, corner
-        return self.touch(key)
-
-    def touch(self, key: Hashable) -> Map:
-        """A map that is about to be used."""
-        self.touched[key] = self.now
-        return self.maps[key]
-
-    def tick(self) -> None:
-        """Give back what is not used any more."""
-        for key in [k for k in self.corners if self.last.get(k) == self.now]:
-            self.p.release(self.corners.pop(key))
-        self.now += 1
-
-    @property
-    def saved(self) -> Place:
-        """The tensor of what is kept."""
-        return self.p.buffer("kept")
+        self.maps[key] = m
+        return m
 
     def parameter(self, name: str) -> Place:
         """A parameter's own memory."""
@@ -90,13 +79,13 @@ class Steps:
         """The map of a node: written already, kept, or computed here again."""
         if node not in self.maps:
             self.maps[node] = self._found(node)
-        return self.touch(node)
+        return self.maps[node]
 
     def _found(self, node: Node) -> Map:
         if node in self.spec.inputs:
             return self._read_input(node)
         if node in self.kept.values:
-            return self.kept.map_of(node, self.saved)[0]
+            return self._kept_map(node)[0]
         if is_norm(node):
             return self.normalised(node)
         pool, x = pool_of(node), self.value(node.inputs[0])
@@ -105,23 +94,24 @@ class Steps:
         pool_steps(self.p, self.spec.target, node.op.pool, x, out, None)
         return out
 
+    def _kept_map(self, node: Node) -> tuple[Map, Place]:
+        offset, halo = self.kept.values[node]
+        return kept_map(node, self.parts[offset], halo)
+
     def _read_input(self, node: Node) -> Map:
         place = self.p.buffer(f"in{self.spec.inputs.index(node)}")
         halo = halo_for(node, self.spec.uses)
-        m = read(self.p, self.spec.target, place, self.spec.layout, node.map_shape, halo)
-        if m.place.buffer != place.buffer:
-            self.corners[node] = m.place + -(halo.top * m.row + halo.left * m.pixel)
-        return m
+        return read(self.p, self.spec.target, place, self.spec.layout, node.map_shape, halo)
 
     def new_value(self, node: Node) -> Map:
         """Memory for the map of a node: in what is kept, or scratch."""
-        halo = halo_for(node, self.spec.uses)
         if node not in self.kept.values:
-            return self.scratch(node, node.map_shape, halo)
-        m, corner = self.kept.map_of(node, self.saved)
+            return self.scratch(node, node.map_shape, halo_for(node, self.spec.uses))
+        m, corner = self._kept_map(node)
+        halo = self.kept.values[node][1]
         clear_halo(self.p, self.spec.target, m, corner, node.map_shape, halo)
         self.maps[node] = m
-        return self.touch(node)
+        return m
 
     def normalised(self, node: Node) -> Map:
         """The pass behind a batch norm's statistics."""
@@ -133,7 +123,11 @@ class Steps:
 
     def statistics(self, node: Node) -> Place:
         """Where the statistics of a batch norm stand."""
-        return self.saved + self.kept.statistics[node]
+        return self.parts[self.kept.statistics[node]]
+
+    def winners(self, node: Node) -> Place:
+        """Where the winning taps of a max pool are kept."""
+        return self.parts[self.kept.winners[node]]
 
     def norm_parameters(self, node: Node) -> dict[str, Place]:
         """Weight and bias of a batch norm, as far as it has them."""
@@ -179,7 +173,6 @@ class Steps:
             )
         else:
             choices.convolve(self.p, target, conv, algorithm, x, packed, out, epilogue, extra)
-        self.p.release(packed)
 
     def algorithm(self, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
         """The cheapest algorithm, packing the weights included."""

@@ -63,13 +63,11 @@ def weight_gradient_steps(
     if "w" in needs:
         assert gw is not None
         _unpack(p, target, made, _weights(conv, made, gw), taps, conv.groups, channels)
-    p.release(made.place)
     if made.bias is not None:
         sums = replace(made, place=made.bias, step=made.bias_step)
         w = Weights(p.buffer("gbias") if gbias is None else gbias, 1, 0, conv.out_channels
                     // conv.groups, 0, 0)  # fmt: skip
         _unpack(p, target, sums, w, [0], conv.groups, 1)
-        p.release(made.bias)
 
 
 def prefers_winograd(target: Target, conv: Conv) -> bool:

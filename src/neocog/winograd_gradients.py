@@ -161,6 +161,4 @@ def winograd_sums(
         partial=made.place, chunk_step=step, chunk_tiles=size, **fields,
     )  # fmt: skip
     p.thread_scratch(done, "scratch", plan.scratch)
-    if folded:
-        p.release(x.place)
     return made

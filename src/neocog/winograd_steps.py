@@ -250,8 +250,6 @@ def convolve(
         plans = [plan_of(target, conv, epilogue, m, s) for s in ("input", "products", "output")]
         _stages(p, plans, tiles, packed, grid, into, to)
     p.work += conv.multiply_adds
-    if folds(conv):
-        p.release(x.place)
 
 
 def fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:
@@ -295,5 +293,3 @@ def _stages(
         u=packed, prefetch=_prefetch(products, tiles), v=v, v_plane=v_plane, m=m, m_plane=m_plane,
     )  # fmt: skip
     p.step(copy_kernel(emit, last), tiles, **grid, **to, m=m, m_plane=m_plane)
-    p.release(v)
-    p.release(m)
