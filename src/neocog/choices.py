@@ -127,3 +127,17 @@ def convolve(p: Program, target: Target, conv: Conv, chosen: str, x, packed: Pla
             p, target, conv, x, packed, out, epilogue, None, extra, plane=plane,
             short=chosen == SHORT_SUMS,
         )  # fmt: skip
+
+
+def convolve_packing(
+    p: Program, target: Target, conv: Conv, chosen: str, weights: Weights, x, out, epilogue, extra
+) -> None:
+    """:func:`pack` and :func:`convolve` for weights that serve once."""
+    if chosen in WINOGRAD:
+        winograd_steps.convolve_packing(
+            p, target, conv, weights, x, out, epilogue, extra, WINOGRAD[chosen]
+        )
+        return
+    packed = p.scratch(packed_elements(target, conv, chosen))
+    pack(p, target, conv, chosen, weights, packed)
+    convolve(p, target, conv, chosen, x, packed, out, epilogue, extra)

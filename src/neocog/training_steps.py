@@ -162,17 +162,14 @@ class Steps:
         extra: Mapping[str, Place | int] | None = None, winners: Map | None = None,
     ) -> None:  # fmt: skip
         """A convolution on weights that may have changed: pack them, then compute."""
-        target, extra = self.spec.target, extra or {}
-        pooled = any(isinstance(step, Pooling) for step in epilogue)
-        algorithm = choices.DIRECT if pooled else self.algorithm(conv, epilogue)
-        packed = self.p.scratch(choices.packed_elements(target, conv, algorithm))
-        choices.pack(self.p, target, conv, algorithm, weights, packed)
-        if pooled:
-            convolutions.convolve_packed(
-                self.p, target, conv, x, packed, out, epilogue, winners, extra
-            )
-        else:
-            choices.convolve(self.p, target, conv, algorithm, x, packed, out, epilogue, extra)
+        p, target, extra = self.p, self.spec.target, extra or {}
+        if not any(isinstance(step, Pooling) for step in epilogue):
+            algorithm = self.algorithm(conv, epilogue)
+            choices.convolve_packing(p, target, conv, algorithm, weights, x, out, epilogue, extra)
+            return
+        packed = p.scratch(convolutions.packed_elements(target, conv))
+        convolutions.pack(p, target, conv, weights, packed)
+        convolutions.convolve_packed(p, target, conv, x, packed, out, epilogue, winners, extra)
 
     def algorithm(self, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
         """The cheapest algorithm, packing the weights included."""

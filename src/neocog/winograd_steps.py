@@ -36,6 +36,9 @@ CACHED_WEIGHTS = 700_000
 """Bytes of U that stay in the cache from block to block."""
 
 
+SLICE_BYTES = 4_800_000
+"""U of so many output channels at a time, where it serves once: it never gets as far as memory."""
+
 PRODUCTS_SHARE = 0.97
 """Of the peak that the matrix products reach on data in the caches."""
 
@@ -239,17 +242,58 @@ def convolve(
     channels may also be ``plane`` elements apart (NCHW); ``out`` is the map of the pooled
     result if the epilogue pools. ``extra``: the places of the epilogue's parameters and residual.
     """
+    x = _with_padding(p, target, plan_of(target, conv, epilogue, m), conv, x, plane)
+    _computed(p, target, conv, m, epilogue, x, packed, {**out.fields("out"), **extra})
+
+
+def convolve_packing(
+    p: Program, target: Target, conv: Conv, weights: Weights, x: Map, out: Map,
+    epilogue: tuple[Step, ...] = (), extra: Mapping[str, Place | int] = MappingProxyType({}),
+    m: int = 4,
+) -> None:  # fmt: skip
+    """:func:`pack` and :func:`convolve` for weights that serve once.
+
+    As many output channels at a time as U has room for near the processor: it is written, read
+    once, and gone.
+    """
     whole = plan_of(target, conv, epilogue, m)
-    corner = x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel)
-    x = fold(p, target, whole, conv, x, plane) if folds(conv) else replace(x, place=corner)
-    grid, tiles = grid_of(whole, conv), tiles_of(whole, conv)
-    into, to = x.fields("x"), {**out.fields("out"), **extra}
+    x = _with_padding(p, target, whole, conv, x, 0)
+    count = whole.width * max(1, SLICE_BYTES // (4 * whole.planes * whole.panel))
+    largest = replace(conv, out_channels=min(count, conv.out_channels))
+    packed = p.scratch(packed_elements(plan_of(target, largest, m=m)))
+    v, fields = None, {**out.fields("out"), **extra}
+    for first in range(0, conv.out_channels, count):
+        part = replace(conv, out_channels=min(count, conv.out_channels - first))
+        own = replace(weights, place=weights.place + first * weights.out)
+        pack(p, target, part, own, packed, m)
+        # All places are of vectors per channel, or of maps whose channels are neighbours.
+        to = {n: f + first if isinstance(f, Place) else f for n, f in fields.items()}
+        v = _computed(p, target, part, m, epilogue, x, packed, to, v)
+
+
+def _with_padding(
+    p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int
+) -> Map:
+    """The input from the corner of its padding on."""
+    if folds(conv):
+        return fold(p, target, plan, conv, x, plane)
+    return replace(x, place=x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel))
+
+
+def _computed(
+    p: Program, target: Target, conv: Conv, m: int, epilogue: tuple[Step, ...], x: Map,
+    packed: Place, to: Mapping[str, Place | int], v: Place | None = None,
+) -> Place | None:  # fmt: skip
+    """The steps that compute; ``v``: the transformed input, if it is there from an earlier part."""
+    plan = plan_of(target, conv, epilogue, m)
+    grid, tiles, into = grid_of(plan, conv), tiles_of(plan, conv), x.fields("x")
+    p.work += conv.multiply_adds
     if tiles > STAGED_TILES:
-        _blocks(p, whole, tiles, packed, grid | into | to)
+        _blocks(p, plan, tiles, packed, {**grid, **into, **to})
     elif tiles:
         plans = [plan_of(target, conv, epilogue, m, s) for s in ("input", "products", "output")]
-        _stages(p, plans, tiles, packed, grid, into, to)
-    p.work += conv.multiply_adds
+        v = _stages(p, plans, tiles, packed, grid, into, to, v)
+    return v
 
 
 def fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:
@@ -281,15 +325,19 @@ def _blocks(p: Program, plan: WinogradPlan, tiles: int, packed: Place, fields: d
 
 
 def _stages(
-    p: Program, plans: list[WinogradPlan], tiles: int, packed: Place, grid, into, to
-) -> None:
+    p: Program, plans: list[WinogradPlan], tiles: int, packed: Place, grid, into, to,
+    v: Place | None,
+) -> Place:  # fmt: skip
     """Three steps; V and M of all tiles in the arena."""
     first, products, last = plans
     v_plane, m_plane = tiles * products.v_row + LINE, tiles * products.m_row + LINE
-    v, m = p.scratch(products.planes * v_plane), p.scratch(products.planes * m_plane)
-    p.step(copy_kernel(emit, first), tiles, **grid, **into, v=v, v_plane=v_plane)
+    if v is None:
+        v = p.scratch(products.planes * v_plane)
+        p.step(copy_kernel(emit, first), tiles, **grid, **into, v=v, v_plane=v_plane)
+    m = p.scratch(products.planes * m_plane)
     p.step(
         copy_kernel(emit, products), products.planes * products.groups, **grid,
         u=packed, prefetch=_prefetch(products, tiles), v=v, v_plane=v_plane, m=m, m_plane=m_plane,
     )  # fmt: skip
     p.step(copy_kernel(emit, last), tiles, **grid, **to, m=m, m_plane=m_plane)
+    return v
