@@ -89,4 +89,5 @@ def _spec(nodes, uses, tensors: Mapping[str, Tensor], target, layout: str, exact
     outputs = tuple(n for n in nodes if any(u not in own or u is n for u in uses[n]))
     names = dict.fromkeys(name for node in nodes for name in parameters_of(node))
     strides = {name: tuple(tensors[name].stride()) for name in names}
-    return Spec(tuple(nodes), uses, inputs, outputs, strides, target, layout, exact)
+    sizes = {name: tensors[name].numel() for name in names}
+    return Spec(tuple(nodes), uses, inputs, outputs, strides, sizes, target, layout, exact)

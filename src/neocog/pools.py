@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from .cpu import pool, pool_backward
 from .kernels import kernel
 from .maps import Map
-from .problem import Act, Pool, Pooling
+from .problem import Act, Pool, Pooling, Step
 from .program import Place, Program
 from .target import Target
 
 
 def pool_steps(
-    p: Program, target: Target, problem: Pool, x: Map, out: Map, winners: Place | None
-) -> None:
-    """One pool from map to map; ``winners`` says where to keep them (max), dense NHWC."""
+    p: Program, target: Target, problem: Pool, x: Map, out: Map, winners: Place | None,
+    before: tuple[Step, ...] = (), parameters: Mapping[str, Place] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    """One pool from map to map; ``winners`` says where to keep them (max), dense NHWC.
+
+    ``before``: what happens to each value that is read, with its ``parameters``.
+    """
     _, channels, rows, cols = problem.out_shape
-    fields: dict[str, Place | int] = {}
+    fields: dict[str, Place | int] = {**parameters}
     if winners is not None:
-        fields = {"winners": winners, "winners_row": cols * channels, "winners_pixel": channels}
+        fields |= {"winners": winners, "winners_row": cols * channels, "winners_pixel": channels}
     p.step(
-        kernel(pool.PoolPlan(target, problem.step, channels, winners is not None)),
+        kernel(pool.PoolPlan(target, problem.step, channels, winners is not None, before)),
         problem.batch * rows,
         **x.fields("x"), height=problem.height, width=problem.width,
         **out.fields("out"), rows=rows, cols=cols, **fields,

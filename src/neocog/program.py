@@ -7,7 +7,8 @@ its fields; a pointer field is a place: a buffer and an offset into it. Buffers 
   call, in the order of ``Program.names``;
 - *constants* (tap tables), owned by the program;
 - the *arena*: scratch shared by all threads of one call, one arena per concurrent caller;
-- *thread scratch*: a part of the arena that each thread has for itself.
+- *thread scratch*: a part of the arena that each thread has for itself;
+- *parts* of call buffers, which serve as scratch while they hold nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import ctypes
 import math
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -61,15 +62,14 @@ class Step:
     alongside: bool = False
     """Whether the next step may run at the same time: it does not touch what this one writes."""
 
-    def words(self, scratch: dict[str, Place | int], homes: Mapping[int, Place]) -> list[int]:
+    def words(self, homes: Mapping[int, Place]) -> list[int]:
         """The fields as the kernel reads them: a pointer as (buffer, byte offset), integers.
 
         ``homes``: where the buffers are that stand in others.
         """
-        fields = self.fields | scratch
-        given, words = set(fields), []
+        given, words = set(self.fields), []
         for name in self.kernel.fields:
-            value = fields[name.rstrip("*")]
+            value = self.fields[name.rstrip("*")]
             given.discard(name.rstrip("*"))
             if isinstance(value, Place):
                 place = homes.get(value.buffer, Place(value.buffer)) + value.offset
@@ -93,6 +93,8 @@ class Scratch:
     """Where it stands, if it is a part of a call buffer."""
     given: bool = False
     """Whether a part holds something at the start, not at the end."""
+    each: bool = False
+    """Whether every thread has one."""
 
 
 def _lines(elements: int) -> int:
@@ -131,7 +133,8 @@ class Program:
     """What steps from now on belong to, for whoever shows the program."""
     _scratch: list[Scratch] = field(default_factory=list)
     _virtual: int = 0
-    _thread_scratch: list[tuple[Step, str, int]] = field(default_factory=list)
+    _thread_scratch: list[tuple[int, int, Step, str]] = field(default_factory=list)
+    """(section, which scratch, whose, under which name)."""
     _constants: list[np.ndarray] = field(default_factory=list)
     _constant_words: int = 0
     _built: dict[int, tuple] = field(default_factory=dict)
@@ -160,7 +163,7 @@ class Program:
         self.sections[-1].moves.append((number, place, elements))
         return Place(number)
 
-    def scratch(self, elements: int, shared: bool = False) -> Place:
+    def scratch(self, elements: int, shared: bool = False, slack: int = SLACK) -> Place:
         """``elements`` float32 of scratch, with slack behind them.
 
         It lasts from the first to the last step that names it. The slack lets kernels read whole
@@ -169,15 +172,15 @@ class Program:
         """
         number = len(self.sections) - 1
         own = self.sections[number].iterations > 1 and not shared
-        self._scratch.append(Scratch(_lines(elements + SLACK), number if own else None))
+        self._scratch.append(Scratch(_lines(elements + slack), number if own else None))
         return Place(-len(self._scratch))
 
     def lend(self, place: Place, elements: int, given: bool) -> Place:
         """A part of a call buffer, which serves as scratch as long as it holds nothing.
 
         ``given``: it holds something from the start on, and nothing behind the last step that names
-        it. Else it is a result: it holds nothing before the first step that names it. All parts are
-        of the same buffer, and start and end with cache lines.
+        it. Else it is a result: it holds nothing before the first step that names it. Parts start
+        and end with cache lines.
         """
         self._scratch.append(Scratch(elements, None, place, given))
         return Place(-len(self._scratch))
@@ -199,9 +202,18 @@ class Program:
     def thread_scratch(self, step: Step, name: str, elements: int) -> None:
         """Give ``step`` ``elements`` float32 per thread: fields ``name`` and ``name_stride``.
 
-        One step's scratch is another's: nothing in it lasts.
+        Nothing in it lasts. The steps of a section that runs several times share theirs, for
+        threads may be at different ones.
         """
-        self._thread_scratch.append((step, name, elements))
+        number, size = len(self.sections) - 1, _lines(elements) + ALIGNMENT // 4
+        shared = self.sections[number].iterations > 1
+        at = next((i for n, i, *_ in self._thread_scratch if shared and n == number), None)
+        if at is None:
+            at = len(self._scratch)
+            self._scratch.append(Scratch(size, each=True))
+        self._scratch[at] = replace(self._scratch[at], size=max(size, self._scratch[at].size))
+        self._thread_scratch.append((number, at, step, name))
+        step.fields[name] = Place(-1 - at)
 
     def __str__(self) -> str:
         lines = [f"program({', '.join(self.names)}): {self.work} multiply-adds"]
@@ -221,29 +233,41 @@ class Program:
             built = self._built[threads] = self._build(threads)
         return built
 
-    def _homes(self) -> tuple[dict[int, Place], dict[int | None, int]]:
+    def _homes(self, threads: int) -> tuple[dict[int, Place], dict[int | None, int]]:
         """Where each scratch buffer stands, and the size of each section's own and of the arena."""
-        lives = self._lives()
-        homes: dict[int, Place] = {}
-        sizes: dict[int | None, int] = {None: 0}
+        lives = self._lives(threads)
         numbered = [(-1 - i, s) for i, s in enumerate(self._scratch)]
-        parts = [(s.part, lives[n]) for n, s in numbered if s.part is not None]
-        homes |= {n: s.part for n, s in numbered if s.part is not None}
-        room = max((place.offset + life.size for place, life in parts), default=0)
-        of_parts = Lent(room, [(place.offset, life) for place, life in parts])
+        homes = {n: s.part for n, s in numbered if s.part is not None}
+        sizes: dict[int | None, int] = {None: 0}
+        starts_of, parts = self._parts([(place, lives[n]) for n, place in homes.items()])
         for section in dict.fromkeys(s.section for s in self._scratch):
             own = {n: lives[n] for n, s in numbered if s.section == section and s.part is None}
-            lent = of_parts if section is None else Lent()
+            lent = parts if section is None else Lent()
             starts, sizes[section] = arrange(list(own.values()), lent)
             memory = ARENA if section is None else self.sections[section].buffer
             for number, start in zip(own, starts, strict=True):
+                homes[number] = Place(memory, start - lent.size)
                 if start < lent.size:
-                    homes[number] = Place(parts[0][0].buffer, start)
-                else:
-                    homes[number] = Place(memory, start - lent.size)
+                    buffer = max((b for b, first in starts_of.items() if first <= start),
+                                 key=lambda b: starts_of[b])  # fmt: skip
+                    homes[number] = Place(buffer, start - starts_of[buffer])
         return homes, sizes
 
-    def _lives(self) -> dict[int, Life]:
+    @staticmethod
+    def _parts(parts: Sequence[tuple[Place, Life]]) -> tuple[dict[int, int], Lent]:
+        """All call buffers with parts one behind the other: where each starts, and their use."""
+        starts: dict[int, int] = {}
+        used, end = [], 0
+        for buffer in dict.fromkeys(place.buffer for place, _ in parts):
+            starts[buffer] = end
+            own = [(end + place.offset, life) for place, life in parts if place.buffer == buffer]
+            end = max(at + life.size for at, life in own)
+            wall = Life(ALIGNMENT // 4, -math.inf, math.inf)  # nothing stands in two buffers
+            used += [*own, (end, wall)]
+            end += wall.size
+        return starts, Lent(end, used)
+
+    def _lives(self, threads: int) -> dict[int, Life]:
         """When each scratch buffer is in use.
 
         Steps that run alongside each other happen in one moment; and so, for whoever outlives an
@@ -271,18 +295,16 @@ class Program:
             last: float = max(seen, default=-1)
             if scratch.part is not None:
                 first, last = (-1, last) if scratch.given else (first, math.inf)
-            lives[-1 - number] = Life(scratch.size, first, last)
+            size = scratch.size * (threads if scratch.each else 1)
+            lives[-1 - number] = Life(size, first, last)
         return lives
 
     def _build(self, threads: int) -> tuple:
-        homes, sizes = self._homes()
+        homes, sizes = self._homes(threads)
         arena = sizes[None]
-        scratch: dict[int, dict[str, Place | int]] = {}
-        stride = _lines(max((n for *_, n in self._thread_scratch), default=0)) + ALIGNMENT // 4
-        for step, name, _ in self._thread_scratch:
-            scratch[id(step)] = {name: Place(ARENA, arena), f"{name}_stride": stride}
-        arena += stride * threads if self._thread_scratch else 0
-        tables = [np.asarray(s.words(scratch.get(id(s), {}), homes), np.int64) for s in self.steps]
+        for _, at, step, name in self._thread_scratch:
+            step.fields[f"{name}_stride"] = self._scratch[at].size
+        tables = [np.asarray(s.words(homes), np.int64) for s in self.steps]
         own = arena  # one section's own scratch is the next one's
         steps = np.asarray(
             [

@@ -7,7 +7,7 @@ that the convolution reads which takes it further back.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from . import norm_steps
@@ -23,6 +23,9 @@ from .training_steps import Spec, Steps
 from .weight_gradients import weight_gradient_steps
 
 IDENTITY = Act("identity")
+
+LINE = 16
+"""float32 of a cache line."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +45,28 @@ def backward_program(
     spec: Spec, kept: Kept, wanted: Collection[Node], graded: Collection[str]
 ) -> Backward:
     """``wanted``: the nodes whose gradient is needed; ``graded``: the parameters with one."""
-    uses = [name for node in spec.nodes if node in wanted for name in _learned(node, graded)]
+    nodes = _by_depth([node for node in spec.nodes if node in wanted])
+    uses = [name for node in nodes for name in _learned(node, graded)]
     gin = [i for i, node in enumerate(spec.inputs) if node in wanted]
     names = [f"in{i}" for i in range(len(spec.inputs))]
     names += [f"p {name}" for name in spec.strides]
     names += ["kept", *(f"gout{i}" for i in range(len(spec.outputs)))]
     names += [*(f"gin{i}" for i in gin), *(f"gp{i}" for i in range(len(uses)))]
     steps = _Undo(spec, kept, Program(tuple(names)), given=True, wanted=wanted, graded=graded)
-    steps.all()
+    steps.all(nodes)
     return Backward(steps.p, tuple(gin), tuple(uses))
+
+
+def _by_depth(nodes: Sequence[Node]) -> list[Node]:
+    """Nodes by the longest way that leads to them.
+
+    Branches that begin with the same map come to it at the same time, on their way back: its
+    gradient need not wait for the longer one.
+    """
+    depth: dict[Node, int] = {}
+    for node in nodes:
+        depth[node] = 1 + max(depth.get(source, 0) for source in node.inputs)
+    return sorted(nodes, key=lambda node: depth[node])
 
 
 def _learned(node: Node, graded: Collection[str]) -> list[str]:
@@ -72,10 +88,12 @@ class _Undo(Steps):
     """The key of each gradient's map."""
     first_use: int = 0
     """The number of the node's first use of a parameter."""
+    results: list[Place] = field(default_factory=list)
+    """The gradients of parameters, by their uses."""
 
-    def all(self) -> None:
-        """The steps of all nodes."""
-        nodes = [node for node in self.spec.nodes if node in self.wanted]
+    def all(self, nodes: Sequence[Node]) -> None:
+        """The steps of these nodes, last one first."""
+        self._lend_results(nodes)
         self.first_use = sum(len(_learned(node, self.graded)) for node in nodes)
         for node in reversed(nodes):
             self.first_use -= len(_learned(node, self.graded))
@@ -93,7 +111,15 @@ class _Undo(Steps):
         if name is None or name not in self.graded:
             return None
         number = self.first_use + _learned(node, self.graded).index(name)
-        return self.p.buffer(f"gp{number}")
+        return self.results[number]
+
+    def _lend_results(self, nodes: Sequence[Node]) -> None:
+        """Gradients of parameters serve as scratch until they are computed."""
+        for name in (name for node in nodes for name in _learned(node, self.graded)):
+            place = self.p.buffer(f"gp{len(self.results)}")
+            size = self.spec.sizes[name]
+            size -= size % LINE
+            self.results.append(self.p.lend(place, size, False) if size else place)
 
     # ---------------------------------------------------------------- gradients of maps
 
@@ -105,8 +131,16 @@ class _Undo(Steps):
 
     def _own_halo(self, node: Node) -> Halo:
         """The halo of the gradient of a node's result."""
+        if self._in_place(node):
+            return self._own_halo(node.inputs[0])
         raw = activation_of(node).name == "identity" and pool_of(node) is None
         return self._halo(node) if raw else Halo()
+
+    def _in_place(self, node: Node) -> bool:
+        """Whether a batch norm's gradient goes where that of its result was."""
+        y, *residual = node.inputs or (node,)
+        passed_on = residual and activation_of(node) == IDENTITY
+        return is_norm(node) and y in self.wanted and self.spec.uses[y] == [node] and not passed_on
 
     def _take(self, node: Node, name: str) -> None:
         """The gradient that comes from outside."""
@@ -197,11 +231,13 @@ class _Undo(Steps):
             mode = "add" if adds else "write"
         made = None
         if y in self.wanted:
-            fresh = y not in self.gradients
-            maps["out"] = (
-                self._into(y)[0] if fresh else self.scratch(("part", node), node.map_shape)
-            )
-            made = None if fresh else maps["out"]
+            if self._in_place(node):
+                self.gradients[y] = key
+                maps["out"] = g
+            elif y not in self.gradients:
+                maps["out"] = self._into(y)[0]
+            else:
+                made = maps["out"] = self.scratch(("part", node), node.map_shape)
         places = {"gweight": self._buffer_for(node, norm.weight),
                   "gbias": self._buffer_for(node, norm.bias)}  # fmt: skip
         norm_steps.norm_gradient(

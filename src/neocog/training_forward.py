@@ -5,7 +5,7 @@ from __future__ import annotations
 from . import choices, norm_steps
 from .convolutions import Weights
 from .fusion import LARGEST_FUSED_WINDOW
-from .kept import Kept, is_norm, pool_of
+from .kept import Kept, is_norm
 from .maps import Map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise
 from .network import Pooling as PoolNode
@@ -37,12 +37,12 @@ class Forward(Steps):
         match node.op:
             case Layer():
                 self._layer(node, node.op)
-            case PoolNode(pool):
-                x = self.value(node.inputs[0])
-                self._pool(node, pool, x)
+            case PoolNode():
+                self.pooled(node, self._winner_place(node))
             case Pointwise(norm=norm) if is_norm(node):
                 self._statistics(node, norm)
-                self.normalised(node)
+                if not self.taken_along(node):
+                    self.normalised(node)
             case Pointwise(kind, steps):
                 sources = [self.value(source) for source in node.inputs]
                 self.elementwise(node, kind, steps, sources, self.new_value(node))
@@ -61,26 +61,24 @@ class Forward(Steps):
             return
         before = self.scratch(("before", node), op.block.conv_shape)
         self.convolve(conv, weights, x, before, steps, extra)
-        self._pool(node, pool, before)
+        out, place = self.new_value(node), self._winner_place(node)
+        pool_steps(self.p, self.spec.target, pool, before, out, place)
 
     def _fuses(self, op: Layer, pool: Pool) -> bool:
         """Whether the pool is taken from rows in the cache: a part of direct convolution."""
         plain = self.algorithm(op.block.conv, pointwise_steps(op)) == choices.DIRECT
         return plain and pool.step.rows.span <= LARGEST_FUSED_WINDOW
 
-    def _pool(self, node: Node, pool: Pool, x: Map) -> None:
-        winners = self._winner_map(node)
-        place = None if winners is None else winners.place
-        pool_steps(self.p, self.spec.target, pool, x, self.new_value(node), place)
+    def _winner_place(self, node: Node) -> Place | None:
+        return self.winners(node) if node in self.kept.winners else None
 
     def _winner_map(self, node: Node) -> Map | None:
         """Where the winning taps of a max pool are kept, if a gradient will ask for them.
 
         Its place counts in float32 elements, its strides in winners.
         """
-        if node not in self.kept.winners or pool_of(node) is None:
-            return None
-        return Map.dense(self.winners(node), *node.map_shape[1:])
+        place = self._winner_place(node)
+        return None if place is None else Map.dense(place, *node.map_shape[1:])
 
     def _statistics(self, node: Node, norm: object) -> None:
         p, target, place = self.p, self.spec.target, self.statistics(node)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from . import choices, convolutions, norm_steps
 from .convolutions import Weights
 from .cpu import elementwise
-from .kept import Kept, halo_for, is_norm, kept_map, pool_of
+from .kept import Kept, halo_for, is_norm, kept_map
 from .kernels import kernel
 from .maps import NCHW, Halo, Map, clear_halo, deliver, read, scratch_map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
@@ -36,6 +36,8 @@ class Spec:
     outputs: tuple[Node, ...]
     strides: Mapping[str, tuple[int, ...]]
     """Of the parameters, by name, in the order in which they come with each call."""
+    sizes: Mapping[str, int]
+    """Elements of the parameters."""
     target: Target
     layout: str
     exact: bool
@@ -88,11 +90,7 @@ class Steps:
             return self._kept_map(node)[0]
         if is_norm(node):
             return self.normalised(node)
-        pool, x = pool_of(node), self.value(node.inputs[0])
-        assert isinstance(node.op, PoolNode) and pool is not None
-        out = self.new_value(node)
-        pool_steps(self.p, self.spec.target, node.op.pool, x, out, None)
-        return out
+        return self.pooled(node, None)
 
     def _kept_map(self, node: Node) -> tuple[Map, Place]:
         offset, halo = self.kept.values[node]
@@ -121,6 +119,34 @@ class Steps:
         self.elementwise(node, "copy", node.op.steps, sources, out)
         return out
 
+    def pooled(self, node: Node, winners: Place | None) -> Map:
+        """The pass of a pool, which takes that of a batch norm along if nobody else needs it."""
+        (source,), op = node.inputs, node.op
+        assert isinstance(op, PoolNode)
+        before: tuple[Step, ...] = ()
+        parameters = {}
+        if self.taken_along(source):
+            assert isinstance(source.op, Pointwise)
+            before, parameters = source.op.steps, self.scale_and_shift(source)
+            (source,) = source.inputs
+        x, out = self.value(source), self.new_value(node)
+        pool_steps(self.p, self.spec.target, op.pool, x, out, winners, before, parameters)
+        return out
+
+    def taken_along(self, node: Node) -> bool:
+        """Whether the pass behind a batch norm's statistics is left to the pools that read it."""
+        spec = self.spec
+        inside = is_norm(node) and len(node.inputs) == 1 and node not in spec.outputs
+        return inside and all(isinstance(user.op, PoolNode) for user in spec.uses[node])
+
+    def scale_and_shift(self, node: Node) -> dict[str, Place]:
+        """What a batch norm comes down to once its statistics are there."""
+        target, channels, place = self.spec.target, node.map_shape[1], self.statistics(node)
+        rows = {"scale": norm_steps.SCALE, "shift": norm_steps.SHIFT}
+        return {
+            name: norm_steps.statistic(target, channels, place, row) for name, row in rows.items()
+        }
+
     def statistics(self, node: Node) -> Place:
         """Where the statistics of a batch norm stand."""
         return self.parts[self.kept.statistics[node]]
@@ -147,10 +173,7 @@ class Steps:
         for name, m in zip(names, sources, strict=False):
             fields |= m.fields(name)
         if any(isinstance(step, Affine) for step in steps):
-            for name, row in (("scale", norm_steps.SCALE), ("shift", norm_steps.SHIFT)):
-                fields[name] = norm_steps.statistic(
-                    self.spec.target, channels, self.statistics(node), row
-                )
+            fields |= self.scale_and_shift(node)
         plan = elementwise.ElementwisePlan(self.spec.target, channels, kind, steps)
         self.p.step(kernel(plan), batch * height, rows=height, cols=width, **fields)
         self.p.work += batch * channels * height * width

@@ -113,8 +113,8 @@ def _direct_sums(
     loops, chunks, images, item_taps = _shares(plan, loops, merged, blocks, len(pairs))
     step, bias_step = blocks * len(pairs) * plan.channels * plan.width, blocks * plan.width
     made = PartialSums(
-        plan, chunks, p.scratch(chunks * step), step,
-        p.scratch(chunks * bias_step) if bias else None, bias_step,
+        plan, chunks, p.scratch(chunks * step, slack=0), step,
+        p.scratch(chunks * bias_step, slack=0) if bias else None, bias_step,
     )  # fmt: skip
     fields: dict[str, Place | int] = {}
     if made.bias is not None:

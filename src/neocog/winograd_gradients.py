@@ -149,8 +149,8 @@ def winograd_sums(
         corner = x.place + (-conv.rows.low * x.row - conv.cols.low * x.pixel)
         x = Map(corner, x.image, x.row, x.pixel)
     made = PartialSums(
-        plan, chunks, p.scratch(chunks * step), step,
-        p.scratch(chunks * bias_step) if bias else None, bias_step,
+        plan, chunks, p.scratch(chunks * step, slack=0), step,
+        p.scratch(chunks * bias_step, slack=0) if bias else None, bias_step,
     )  # fmt: skip
     fields: dict[str, Place | int] = {}
     if made.bias is not None:

@@ -11,12 +11,14 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 from llvmlite import ir
 
 from ..geometry import Window
-from ..steps import Pooling
+from ..steps import Pooling, Step
 from ..target import Target
+from . import epilogue as ep
 from .lanes import F32, I8, I32, I64, Emitter, Int
 from .runtime import Kernel, compile_kernel
 
@@ -98,6 +100,8 @@ class Source:
     pixel: Int
     height: Int
     width: Int
+    of: Callable[[ir.Value, int], ir.Value] = lambda value, vector: value
+    """What is pooled of a value that is read, and of the how-manieth vector of channels it is."""
 
 
 @dataclass
@@ -258,7 +262,7 @@ def pool_row(
             where = tap(kh, kw, cols.start)
             code, size, result = tap_code(e, pool, kh, kw), len(states) // vectors, []
             for j in range(vectors):
-                value = e.vload(where, j * e.lanes, masks[j])
+                value = source.of(e.vload(where, j * e.lanes, masks[j]), j)
                 result += reduction.combine(e, states[j * size : (j + 1) * size], value, code)
             return result
 
@@ -270,7 +274,7 @@ def pool_row(
         places = [tap(kh, kw, cols.start) for kh, kw in taps]
         states = []
         for j in range(vectors):
-            values = [e.vload(where, j * e.lanes, masks[j]) for where in places]
+            values = [source.of(e.vload(where, j * e.lanes, masks[j]), j) for where in places]
             states += reduction.whole(e, values)
         return states
 
@@ -300,12 +304,14 @@ class PoolPlan:
     pool: Pooling
     channels: int
     winners: bool = False
+    before: tuple[Step, ...] = ()
+    """Affine steps and activations of every value that is read."""
 
     @property
     def name(self) -> str:
         """A name for the listing."""
-        p = self.pool
-        return f"pool_{p.kind}{p.rows.size}x{p.cols.size}_c{self.channels}"
+        p, before = self.pool, ep.spelled(self.before)
+        return f"pool_{p.kind}{p.rows.size}x{p.cols.size}_c{self.channels}{before}"
 
 
 POOL = (
@@ -337,6 +343,7 @@ def emit(plan: PoolPlan) -> Kernel:
     """Compile a pooling layer. Items: images x pooled rows."""
     e = Emitter(plan.target, plan.name)
     names = POOL + (("winners*", "winners_row", "winners_pixel") if plan.winners else ())
+    names += tuple(f"{name}*" for name in ep.parameters(plan.before))
     with e.kernel(names) as (f, begin, end, _):
 
         def item(number: ir.Value) -> None:
@@ -355,7 +362,18 @@ def emit(plan: PoolPlan) -> Kernel:
                     size = winner_type(plan.pool).width // 8
                     sink.winners = e.at_byte(f.winners, e.mul(where, size))
                     sink.winners_pixel = f.winners_pixel
-                source = Source(source_row, f.x_pixel, f.height, f.width)
+                pointers = SimpleNamespace(
+                    **{n: e.at(getattr(f, n), first) for n in ep.parameters(plan.before)}
+                )
+                loaded = [
+                    ep.load_parameters(e, plan.before, pointers, j * e.lanes, masks[j])
+                    for j in range(vectors)
+                ]
+
+                def of(value: ir.Value, j: int) -> ir.Value:
+                    return ep.finish(e, plan.before, [value], loaded[j], lambda _: e.zero)[0]
+
+                source = Source(source_row, f.x_pixel, f.height, f.width, of)
                 pool_row(e, plan.pool, source, sink, top, f.cols, vectors, masks)
 
             channel_blocks(e, plan.channels, channels)
