@@ -22,12 +22,12 @@ FLOORS = {
     4: "target",
     5: "cpu",
     6: (
-        "program kernels maps pools convolutions depthwise_gradients weight_gradients compiler "
-        "winograd_steps winograd_gradients choices bands layer_calls capture fusion stages "
-        "partition parameters tuning memory norm_steps training_calls training_fusion kept training_steps "
-        "training_forward training_backward"
+        "lifetimes memory program kernels maps pools convolutions depthwise_gradients "
+        "weight_gradients compiler winograd_steps winograd_gradients choices bands layer_calls "
+        "capture fusion stages partition parameters tuning norm_steps training_calls "
+        "training_fusion kept training_steps training_forward training_backward"
     ),
-    7: "execution handback ops running learned learning",
+    7: "execution handback ops running learned fully_connected learning",
     8: "functional nn freezing reports backend",
     9: (
         "strokes images idx folders data "
@@ -44,6 +44,7 @@ FLOOR = {name: floor for floor, names in FLOORS.items() for name in names.split(
 # Who may import whom on the same floor.
 BESIDE = {
     "problem": "steps",
+    "program": "lifetimes memory",
     "maps": "kernels program",
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
@@ -73,7 +74,7 @@ BESIDE = {
     "training_backward": "convolutions kept maps norm_steps pools program training_steps "
     "weight_gradients",
     "learned": "execution handback",
-    "learning": "learned",
+    "learning": "fully_connected learned",
     "ops": "execution handback",
     "running": "execution",
     "backend": "freezing reports",

@@ -1,8 +1,6 @@
 """A native stage of a network while training, as a function that PyTorch's autograd knows.
 
-One ``torch.autograd.Function`` with a program forward and one backward. Fully connected layers are
-one of their own: three matrix products by PyTorch, but the gradient of their weights, which may be
-the largest tensor of a whole step, comes in memory that is used again.
+One ``torch.autograd.Function`` with a program forward and one backward.
 
 https://docs.pytorch.org/docs/stable/notes/extending.html
 """
@@ -175,31 +173,6 @@ class _Stage(torch.autograd.Function):
             *(arrived.get(i) for i in range(len(spec.inputs))),
             *(found.get(name) for name in spec.strides),
         )
-
-
-class _Linear(torch.autograd.Function):
-    """(x, weight, bias or None) -> x weight^T + bias."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        return F.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        for_x, for_weight, for_bias = ctx.needs_input_grad
-        gw = None
-        if for_weight and torch.is_grad_enabled():
-            gw = grad.t() @ x
-        elif for_weight:
-            gw = torch.mm(grad.t(), x, out=POOL.empty(weight.shape))
-        return grad @ weight if for_x else None, gw, grad.sum(0) if for_bias else None
-
-
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``torch.nn.functional.linear`` of (N, C)."""
-    return _Linear.apply(x, weight, bias)
 
 
 def _differentiable(

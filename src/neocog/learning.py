@@ -5,6 +5,7 @@ What is handed back to PyTorch between the stages runs as ever.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from .capture import Captured
-from .learned import Learned, linear, parameters_of
+from .fully_connected import Late, late, linear
+from .learned import Learned, parameters_of
 from .network import Foreign, Input, Linear, Network, Node
 from .partition import Eager, deal
 from .target import Target
@@ -47,6 +49,12 @@ class LearningPlan:
         leaves = [fused[v] if isinstance(v, Node) else v for v in captured.leaves]
         return cls(captured, network, stages, inputs, leaves)
 
+    @functools.cached_property
+    def linears(self) -> dict[Node, Linear]:
+        """The fully connected layers, in order."""
+        nodes = self.network.nodes
+        return {node: node.op for node in nodes if isinstance(node.op, Linear)}
+
     @property
     def natives(self) -> list[Learned]:
         """The stages that are programs."""
@@ -60,12 +68,15 @@ class LearningPlan:
         for node, op in self.inputs:
             tensor = own[op.name] if op.argument is None else args[op.argument]
             values[node] = named[op.name] = tensor
+        weights = late([named[op.weight] for op in self.linears.values()])
+        lates = dict(zip(self.linears, weights, strict=True))
         for stage in self.stages:
             if isinstance(stage, Learned):
                 stage.run(values, named)
             else:
                 for node in stage.nodes:
-                    values[node] = _computed(node, [values[s] for s in node.inputs], named)
+                    inputs = [values[s] for s in node.inputs]
+                    values[node] = _computed(node, inputs, named, lates)
         return self.captured.result(
             [values[v] if isinstance(v, Node) else v for v in self.leaves]
         )  # fmt: skip
@@ -75,10 +86,12 @@ def _in_programs(node: Node) -> bool:
     return node.native and not isinstance(node.op, Linear)
 
 
-def _computed(node: Node, inputs: Sequence[Any], named: Mapping[str, Tensor]) -> Any:
+def _computed(
+    node: Node, inputs: Sequence[Any], named: Mapping[str, Tensor], lates: Mapping[Node, Late]
+) -> Any:
     if isinstance(node.op, Linear):
-        weight, bias = node.op.weight, node.op.bias
-        return linear(inputs[0], named[weight], None if bias is None else named[bias])
+        bias = None if node.op.bias is None else named[node.op.bias]
+        return linear(inputs[0], lates[node], bias)
     assert isinstance(node.op, Foreign)
     return node.op.run(*inputs)
 

@@ -44,11 +44,13 @@ class Pool:
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     passes: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
+    holds: bool = True
+    """Whether memory is held ready. If not, all of it comes from PyTorch, and goes back at once."""
 
     def empty(self, shape: Sequence[int], format: torch.memory_format | None = None) -> Tensor:
         """An uninitialised float32 tensor on the CPU, contiguous unless told otherwise."""
         size = 4 * math.prod(shape)
-        if size <= SMALL:
+        if size <= SMALL or not self.holds:
             return torch.empty(tuple(shape), memory_format=format or torch.contiguous_format)
         with self.lock:
             pieces = self.pieces.setdefault(size, [])
@@ -69,6 +71,12 @@ class Pool:
                 pieces[:] = [p for p in pieces if self.passes - p.pass_number <= IDLE]
                 if not pieces:
                     del self.pieces[size]
+
+    @property
+    def size(self) -> int:
+        """Bytes that are held ready or in use."""
+        with self.lock:
+            return sum(size * len(pieces) for size, pieces in self.pieces.items())
 
     def clear(self) -> None:
         """Give everything back."""

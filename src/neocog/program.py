@@ -21,10 +21,12 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from .cpu import driver, runtime
 from .cpu.runtime import Kernel
 from .lifetimes import Lent, Life, arrange
+from .memory import POOL
 
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
@@ -351,7 +353,9 @@ class Program:
         if threads is None:
             threads = 1 if self.work < SERIAL_WORK else runtime.thread_count()
         program, arena_bytes, constants, kind, _ = self._table(threads)
-        bases = kind(constants, _arena_of_this_thread(arena_bytes), *addresses, *fixed)
+        arena = _arena_of_this_thread(arena_bytes)
+        start = -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        bases = kind(constants, start, *addresses, *fixed)
         driver.launch(bases, program, threads)
 
 
@@ -366,8 +370,8 @@ def _spell(fields: dict[str, Place | int], names: tuple[str, ...]) -> str:
 _local = threading.local()
 
 
-def _arena_of_this_thread(size: int) -> int:
-    """The address of this thread's arena, grown to at least ``size`` bytes and then kept.
+def _arena_of_this_thread(size: int) -> Tensor:
+    """This thread's arena, grown to at least ``size`` bytes, from :data:`ALIGNMENT` on, and kept.
 
     A fresh allocation per call would pay for page faults each time. The arena is as large as the
     largest program this thread has run.
@@ -375,8 +379,16 @@ def _arena_of_this_thread(size: int) -> int:
     arena = getattr(_local, "arena", None)
     if arena is None or arena.numel() < size + ALIGNMENT:
         _local.arena = None  # free the old one before the new one is made
-        arena = _local.arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-    return -(-arena.data_ptr() // ALIGNMENT) * ALIGNMENT
+        arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        if POOL.holds:
+            _local.arena = arena
+    return arena
+
+
+def arena_size() -> int:
+    """Bytes of the arena that this thread keeps between calls."""
+    arena = getattr(_local, "arena", None)
+    return 0 if arena is None else arena.numel()
 
 
 def free_scratch() -> None:

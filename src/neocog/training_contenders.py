@@ -9,7 +9,8 @@ requests as :mod:`neocog.answering` says:
     {"do": "time", "seconds": s}    {"ms": median of the steps of about s seconds, "calls": n}
     {"do": "limit"}                 {"peak": multiply-adds per second, "multiply_adds": of a step}
     {"do": "kept"}                  {"kept_bytes", "allocated_bytes"}: see :meth:`Contender.kept`
-    {"do": "peak"}                  {"peak_bytes", "gradient_bytes"}: see :meth:`Contender.peak`
+    {"do": "peak"}                  {"peak_bytes", "gradient_bytes", "held_bytes"}: see
+                                    :meth:`Contender.peak`
     {"do": "losses", "steps": n}    {"losses": of the first steps from the fixed weights}
     {"do": "reference", "steps": n} the same in float64 PyTorch; nothing else can be asked then
 
@@ -46,7 +47,7 @@ from .answering import (
 from .architectures import ARCHITECTURES, Shape
 from .contenders import Task
 from .memory import POOL
-from .program import free_scratch
+from .program import arena_size, free_scratch
 
 Forward = Callable[[Tensor], Tensor]
 """From pictures to logits, to be differentiated."""
@@ -174,13 +175,21 @@ class Contender:
         and labels, which were there before, and counts what an engine keeps unseen by the hooks.
         """
         self._warm_up()
+        hold_nothing()
         kept = kept_bytes(self.model, self.loss)
         self.optimizer.zero_grad(set_to_none=True)
         return {"kept_bytes": kept, "allocated_bytes": allocated_bytes(self.loss)}
 
     def peak(self) -> dict[str, Any]:
-        """How far resident memory grows during a step, less the gradients that stay."""
+        """How far resident memory grows during a step, less the gradients that stay.
+
+        ``held_bytes``: what neocog, training as ever, holds ready from step to step. It is memory
+        that the step needs anyhow, so none of it is held while that is measured.
+        """
+        POOL.holds = True
         self._warm_up()
+        held = POOL.size + arena_size()
+        hold_nothing()
 
         def gone() -> None:
             self.optimizer.zero_grad(set_to_none=True)
@@ -190,6 +199,7 @@ class Contender:
         return {
             "peak_bytes": int(statistics.median(grown)) - gradients,
             "gradient_bytes": gradients,
+            "held_bytes": held,
         }
 
     def losses(self, steps: int) -> dict[str, Any]:
@@ -283,17 +293,22 @@ def allocated_bytes(forward: Callable[[], Tensor]) -> int:
     return sum(event.self_cpu_memory_usage for event in profile.function_events or ())
 
 
+def hold_nothing() -> None:
+    """From now on, whatever neocog frees goes back at once, as with :data:`EXACT_MEMORY`."""
+    POOL.holds = False
+    POOL.clear()
+    free_scratch()
+
+
 def peak_growth(run: Callable[[], Any], before: Callable[[], Any]) -> int:
     """Bytes by which resident memory at its highest during ``run()`` exceeds that before it.
 
     ``before()`` drops what shall not be there at the start. What this process has freed but not
-    given back to the system, and what neocog holds ready, is given back first: whoever needs it
-    again grows. Exact in a process with :data:`EXACT_MEMORY`; elsewhere for tensors of over 32 MB.
+    given back to the system is given back first: whoever needs it again grows. Exact in a process
+    with :data:`EXACT_MEMORY`; elsewhere for tensors of over 32 MB.
     """
     before()
     gc.collect()
-    free_scratch()
-    POOL.clear()
     libc = ctypes.CDLL(None)
     libc.malloc_trim(0)
     thp_disable = 41  # a huge page would count whole for the sake of a few bytes
