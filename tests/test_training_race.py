@@ -108,8 +108,10 @@ def test_what_is_dropped_before_a_step_counts_in_it() -> None:
 
 def test_memory_that_is_held_ready_counts() -> None:
     def compute() -> None:
-        ctypes.memset(program._arena_of_this_thread(MANY).data_ptr(), 1, MANY)
-        ctypes.memset(POOL.empty((MANY // 4,)).data_ptr(), 1, MANY)
+        for make in (program._arena_of_this_thread, lambda size: POOL.empty((size // 4,))):
+            made = make(MANY)
+            ctypes.memset(made.data_ptr(), 1, MANY)
+            del made
 
     compute()
     hold_nothing()
