@@ -6,7 +6,8 @@ For each parameter: the largest difference from the gradient that PyTorch comput
 the same weights, pictures and labels, over that gradient's largest value. Where that is nothing but
 rounding, because a batch norm behind takes out what the parameter does (as a shift before a 1x1
 convolution and another batch norm), the difference is taken over the largest gradient of the whole
-network ("scale" in JSON). Batch norms in training mode, dropout off. The table has the largest
+network ("scale" in JSON). Networks and pictures are those of the training race, with its
+smallest batches. Batch norms in training mode, dropout off. The table has the largest
 error of each network, and where it is; JSON has all.
 """
 
@@ -24,15 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neocog.architectures import ARCHITECTURES
-from neocog.training_contenders import without_dropout
+from neocog.training_contenders import CLASSES, WORKLOADS, without_dropout
 
-BATCH, CLASSES = 8, 10
-SHAPES = {
-    "digits": (1, 28, 28),
-    "vgg11": (3, 64, 64),
-    "resnet18": (3, 64, 64),
-    "mobilenet_v2": (3, 64, 64),
-}
 ZERO = 1e-12
 """Share of the network's largest gradient below which a gradient in float64 is only rounding."""
 
@@ -60,7 +54,9 @@ def measure(network: str) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     start = ARCHITECTURES[network].make().train()
     without_dropout(start)
-    x, labels = torch.randn(BATCH, *SHAPES[network]), torch.randint(CLASSES, (BATCH,))
+    work = WORKLOADS[network]
+    batch = work.batches[0]
+    x, labels = torch.randn(batch, *work.in_shape), torch.randint(CLASSES, (batch,))
     exact = copy.deepcopy(start).double()
     truth = gradients(exact, exact, x.double(), labels)
     largest = {name: right.abs().max().item() for name, right in truth.items()}
@@ -102,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     print(f"{'network':14}" + "".join(f"{engine:33}" for engine in ENGINES))
     rows = []
-    for network in (name for name in SHAPES if options.filter in name):
+    for network in (name for name in WORKLOADS if options.filter in name):
         found = measure(network)
         show(network, found)
         rows += found
