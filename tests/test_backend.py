@@ -189,30 +189,52 @@ def test_modes_without_gradients(mode):
             assert not a.requires_grad
 
 
-def test_gradients_come_from_pytorch():
-    """Outside no_grad the graph runs in PyTorch, differentiates, and the report says so."""
+def functions_behind(result: Tensor) -> list[str]:
+    """The names of the functions that autograd will call for ``result``."""
+    found, waiting = set(), [result.grad_fn]
+    while waiting:
+        function = waiting.pop()
+        if function is not None and function not in found:
+            found.add(function)
+            waiting += [f for f, _ in function.next_functions]
+    return [f.name() for f in found]
+
+
+def test_gradients_come_from_our_kernels():
+    """Outside no_grad the layers are stages of programs, and their gradients are PyTorch's."""
     model, x = every_layer(), tn.images()
     compiled = torch.compile(model, backend="neocog")
     expected, result = model(x), compiled(x)
     assert torch.allclose(result, expected, atol=1e-6)
+    names = functions_behind(result)
+    assert names.count("_StageBackward") == 2, "before the SiLU and behind it"
+    assert not any("Convolution" in name or "BatchNorm" in name for name in names)
     result.sum().backward()
     own = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     expected.sum().backward()
     assert all(torch.allclose(a, p.grad, atol=1e-4)
                for a, p in zip(own, model.parameters(), strict=True))  # fmt: skip
-    reports = neocog.report(compiled)
-    assert ["gradients" in r.whole for r in reports] == [True]
+    (report,) = neocog.report(compiled)
+    assert report.programs == 2
+    assert not report.whole
+    assert any("gradient of silu" in h.reason for h in report.handed_back)
     assert right(compiled, model, x)
     assert any(r.programs == 1 for r in neocog.report(compiled))
 
 
 def test_strict_raises():
+    """For what has to run in PyTorch as a whole, with gradients and without; for nothing less."""
+    options = {"strict": True}
     model, x = every_layer(), tn.images()
-    compiled = torch.compile(model, backend="neocog", options={"strict": True})
+    compiled = torch.compile(model, backend="neocog", options=options)
     assert right(compiled, model, x)
-    with pytest.raises(Unsupported, match="gradients"):
-        compiled(x)
+    assert "_StageBackward" in functions_behind(compiled(x))
+    shared = tn.ready(tn.Net(tn.writes_to_a_view, first=tn.conv(3, 4)))
+    for gradients in (True, False):
+        compiled = torch.compile(shared, backend="neocog", options=options)
+        with torch.set_grad_enabled(gradients), pytest.raises(Unsupported, match="tensors share"):
+            compiled(x)
 
 
 def test_writes_to_shared_memory_are_handed_back():

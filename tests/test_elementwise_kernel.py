@@ -18,7 +18,7 @@ from neocog.activations import ACTIVATIONS
 from neocog.cpu import elementwise
 from neocog.cpu.elementwise import ElementwisePlan
 from neocog.program import Place, Program
-from neocog.steps import Act, Add, Affine, Bias, Step
+from neocog.steps import Act, Add, Affine, Bias, Step, read_step
 from neocog.target import Target
 
 CHANNELS = (1, 3, 16, 19, 64, 67, 128, 131)
@@ -63,11 +63,14 @@ def run(
     vectors: dict[str, np.ndarray] | None = None,
     gap: int = 0,
     threads: int = 1,
+    residual: Memory | None = None,
 ) -> np.ndarray:
     """The NHWC result of ``kind`` on one or two maps; nothing around it was written."""
     shape = maps[0].values.shape
     out = Memory(np.full(shape, math.nan), gap)
     known = {"a": maps[0], "b": maps[-1]} if kind != "copy" else {"a": maps[0]}
+    if residual is not None:
+        known["residual"] = residual
     memories = known | {"out": out}
     small = {
         name: torch.tensor(np.r_[values, math.nan], dtype=torch.float32)
@@ -128,6 +131,22 @@ def test_steps_follow_in_order(target: Target, name: str) -> None:
 
 
 @pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
+@pytest.mark.parametrize("channels", (3, 19, 64, 67))
+def test_a_residual_where_the_steps_add_it(target: Target, channels: int) -> None:
+    a, b, residual = (kt.integers((2, 3, 5, channels), seed) for seed in (1, 2, 3))
+    vectors = {n: kt.integers((channels,), i) for i, n in enumerate(("scale", "shift"))}
+    for kind, gap in itertools.product(OPERATIONS, (0, 3)):
+        maps, third = (Memory(a, 0), Memory(b, gap))[: 1 + (kind != "copy")], Memory(residual, gap)
+        found = OPERATIONS[kind](a, b)
+        ours = run(target, kind, maps, (Add(), Act("relu")), residual=third)
+        np.testing.assert_array_equal(ours, np.maximum(found + residual, 0))
+        steps = (Affine(), Act("relu"), Add())
+        ours = run(target, kind, maps, steps, vectors, residual=third)
+        expected = np.maximum(found * vectors["scale"] + vectors["shift"], 0) + residual
+        np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
 def test_nan_and_infinities_pass_as_in_torch(target: Target) -> None:
     hostile = np.array([math.nan, math.inf, -math.inf, 1.0, -0.0])
     for channels, gap in itertools.product((19, 64), (0, 3)):
@@ -155,5 +174,8 @@ def test_what_no_kernel_does_is_refused() -> None:
     target = kt.ROWS[0]
     with pytest.raises(ValueError, match="'sub' is none of copy, add, mul"):
         ElementwisePlan(target, 3, "sub")
-    with pytest.raises(ValueError, match="steps: add is no affine"):
-        ElementwisePlan(target, 3, "copy", (Add(),))
+    pool = read_step("max 2x2 s2x2 p0,0,0,0")
+    with pytest.raises(
+        ValueError, match="steps: max .* is no affine, activation, residual or bias"
+    ):
+        ElementwisePlan(target, 3, "copy", (Add(), pool))
