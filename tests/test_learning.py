@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import tiny_networks as tn
@@ -251,6 +251,21 @@ def test_frozen_layers():
     x = tn.images(3).requires_grad_()
     torch.compile(model, backend="neocog")(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("frozen", ["", "norm", "main", "main norm", "side", "side norm"])
+@pytest.mark.parametrize("act", [F.relu, nn.Identity()])
+def test_frozen_branches_beside_a_residual(frozen: str, act: Callable[[Tensor], Tensor]):
+    """The gradient finds its way past a batch norm through which none has to go."""
+    torch.manual_seed(0)
+    parts = {"main": tn.conv(3, 16), "norm": nn.BatchNorm2d(16), "side": tn.conv(3, 16)}
+    model = tn.Net(lambda m, x: act(m.norm(m.main(x)) + m.side(x)), **parts)
+    for name in frozen.split():
+        parts[name].requires_grad_(False)
+    x, beside = tn.images(3), copy.deepcopy(model)
+    torch.compile(model, backend="neocog")(x).square().sum().backward()
+    beside(x).square().sum().backward()
+    assert all_close(gradients(model), gradients(beside))
 
 
 @pytest.mark.parametrize("inside", [True, False])

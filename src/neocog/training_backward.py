@@ -226,7 +226,9 @@ class _Undo(Steps):
         if undone_by_result(node):
             maps["z"] = self.value(node)
         mode = ""
-        if residual and residual[0] in self.wanted and act != IDENTITY:
+        # The pass that writes the gradient of y undoes the activation for the residual by the way.
+        together = y in self.wanted and act != IDENTITY
+        if residual and residual[0] in self.wanted and together:
             maps["residual"], adds = self._into(residual[0])
             mode = "add" if adds else "write"
         made = None
@@ -247,7 +249,8 @@ class _Undo(Steps):
         )  # fmt: skip
         if made is not None:
             self._pass_on(y, made, ("part", node))
-        if residual and act == IDENTITY:
+        if residual and residual[0] in self.wanted and not together:
+            g, key = self._before_activation(node, g, key)
             self._pass_on(residual[0], g, key)
 
     def _pool(self, node: Node, op: PoolNode, g: Map) -> None:
