@@ -1,13 +1,9 @@
-"""Gradients of depthwise layers inside programs: of weights and biases, and of the input.
-
-Maps lie in buffers with halos of their own width and with channels of other maps beside theirs,
-which are NaN and may not be read into any result.
-"""
+"""Gradients of depthwise layers inside programs: of weights and biases, and of the input."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import kernel_tools as kt
 import numpy as np
@@ -15,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lying import Lying
 from strategies import smallest_fitting
 from torch import Tensor
 
@@ -23,49 +20,14 @@ from neocog.convolutions import Weights, convolve_packed, pack, packed_elements
 from neocog.cpu import depthwise_gradient
 from neocog.depthwise_gradients import depthwise_weight_gradient_steps
 from neocog.geometry import Window
-from neocog.maps import Halo, Map, halo_of
+from neocog.maps import Halo, halo_of
 from neocog.problem import Add, Conv, parse
-from neocog.program import Place, Program
+from neocog.program import Program
 from neocog.target import Target
 from neocog.weight_gradients import weight_gradient_steps
 
 MARGIN = 7.5
 """What stands around results before they are written, and afterwards."""
-
-
-@dataclass(frozen=True)
-class Lying:
-    """A map in a call buffer of its own: its halo, and channels of other maps beside it."""
-
-    shape: tuple[int, ...]
-    halo: Halo
-    beside: int = 0
-
-    @property
-    def sizes(self) -> tuple[int, int, int, int]:
-        batch, channels, height, width = self.shape
-        h = self.halo
-        return (batch, height + h.top + h.bottom, width + h.left + h.right, channels + self.beside)
-
-    def map(self, place: Place) -> Map:
-        _, rows, cols, pixel = self.sizes
-        first = (self.halo.top * cols + self.halo.left) * pixel
-        return Map(place + first, rows * cols * pixel, cols * pixel, pixel)
-
-    def filled(self, values: kt.Array) -> Tensor:
-        """The buffer: values in a halo of zeros, NaN beside."""
-        batch, channels, height, width = self.shape
-        made = torch.full(self.sizes, float("nan"))
-        made[..., :channels] = 0
-        self.interior(made).copy_(kt.tensor(values))
-        return made
-
-    def interior(self, buffer: Tensor) -> Tensor:
-        """The map (N, C, H, W) as a view of its buffer."""
-        _, channels, height, width = self.shape
-        h = self.halo
-        part = buffer[:, h.top : h.top + height, h.left : h.left + width, :channels]
-        return part.permute(0, 3, 1, 2)
 
 
 def conv_of(line: str) -> Conv:
