@@ -9,8 +9,9 @@ Of a map y with N pixels per channel (Ioffe and Szegedy 2015, arXiv:1502.03167):
 
 where g is the gradient of z, an activation behind it undone on the way. Sums are taken over lines
 of pixels, added up per work item in float32 and then in float64. The squares are those of the
-distance from each channel's first value, which may be far from 0 but is near the mean. The work
-items depend on the problem alone: the same bits come out on any number of threads.
+distance from each channel's first value (from 0, if that is not finite), which may be far from 0
+but is near the mean. The work items depend on the problem alone: the same bits come out on any
+number of threads.
 
 Vectors per channel stand in rows of whole registers (``row_of``): nothing is masked in them.
 """
@@ -196,7 +197,7 @@ def _line(e: Emitter, plan, f: SimpleNamespace, line: ir.Value, sums: ir.Value |
     def block(first: Int, vectors: int, masks) -> None:
         offsets = [e.add(first, j * e.lanes) for j in range(vectors)]
         if isinstance(plan, MomentsPlan):
-            starts = [e.vload(f.y, o, m) for o, m in zip(offsets, masks, strict=True)]
+            starts = [_start(e, f.y, o, m) for o, m in zip(offsets, masks, strict=True)]
         else:
             starts = [_channel_vectors(e, plan, f, o, row) for o in offsets]
 
@@ -223,6 +224,13 @@ def _line(e: Emitter, plan, f: SimpleNamespace, line: ir.Value, sums: ir.Value |
             e.vstore(e.b.fadd(e.vload(sums, where), total), sums, where)
 
     channel_blocks(e, plan.channels, block)
+
+
+def _start(e: Emitter, y: ir.Value, offset: Int, mask) -> ir.Value:
+    """The first values of channels, from where distances are taken; 0 for one that has none."""
+    first = e.vload(y, offset, mask)
+    finite = e.b.fcmp_ordered("==", e.b.fsub(first, first), e.zero)
+    return e.b.select(finite, first, e.zero)
 
 
 def _channel_vectors(e: Emitter, plan: NormGradientPlan, f, offset: Int, row: int):
@@ -300,7 +308,7 @@ def _moments(e: Emitter, f, offset: Int, mask, row: int) -> SimpleNamespace:
     none = ir.Constant(_doubles(e), [0.0] * e.lanes)
     rest = e.b.select(e.b.fcmp_ordered("<", rest, none), none, rest)
     return SimpleNamespace(
-        mean=e.b.fadd(_wide(e, e.vload(f.first, offset, mask)), moved),
+        mean=e.b.fadd(_wide(e, _start(e, f.first, offset, mask)), moved),
         variance=e.b.fdiv(rest, count),
         unbiased=e.b.fdiv(rest, _wide_splat(e, e.sub(f.count, 1))),
     )
