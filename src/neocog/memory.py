@@ -3,13 +3,14 @@
 A step of training needs hundreds of megabytes for a moment: what is kept for the backward pass, and
 the gradients. Fresh pages of the system cost several times what it takes to write them (measured:
 1.8 ms a megabyte against 0.25), so they are kept here. A piece of memory is free again when its
-storage has no other owner than this pool; whoever still holds a tensor of it, a view or a NumPy
-array keeps it.
+storage has no other owner than this pool; whoever still holds a tensor of it, a view, a NumPy array
+or the storage itself keeps it, and so does another process that it may have been sent to.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -34,7 +35,12 @@ class Piece:
     @property
     def free(self) -> bool:
         """Whether nobody else owns it."""
-        return torch._C._storage_Use_Count(self.storage._cdata) == 1
+        return (
+            torch._C._storage_Use_Count(self.storage._cdata) == 1
+            # Python's object of it counts once, however many names it has: here, and in this call.
+            and sys.getrefcount(self.storage) <= 2
+            and not self.storage.is_shared()
+        )
 
 
 @dataclass
@@ -51,7 +57,10 @@ class Pool:
         """An uninitialised float32 tensor on the CPU, contiguous unless told otherwise."""
         size = 4 * math.prod(shape)
         if size <= SMALL or not self.holds:
-            return torch.empty(tuple(shape), memory_format=format or torch.contiguous_format)
+            return torch.empty(
+                tuple(shape), dtype=torch.float32, device="cpu",
+                memory_format=format or torch.contiguous_format,
+            )  # fmt: skip
         with self.lock:
             pieces = self.pieces.setdefault(size, [])
             piece = next((p for p in pieces if p.free), None)
@@ -59,7 +68,8 @@ class Pool:
                 piece = Piece(torch.UntypedStorage(size), self.passes)
                 pieces.append(piece)
             piece.pass_number = self.passes
-            found = torch.empty(0).set_(piece.storage, 0, tuple(shape), _strides(shape, format))
+            found = torch.empty(0, dtype=torch.float32, device="cpu")
+            found.set_(piece.storage, 0, tuple(shape), _strides(shape, format))
         return found
 
     def next_pass(self) -> None:
