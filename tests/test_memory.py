@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import math
 import pickle
-import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from neocog import memory
-from neocog.memory import IDLE, SMALL, Pool
+from neocog.memory import IDLE, SMALL, Piece, Pool
 
 LARGE = SMALL // 4 + 1
 """The fewest float32 that come from the pool."""
@@ -245,15 +245,19 @@ def test_the_size_counts_what_is_ready_and_what_is_in_use(pool: Pool) -> None:
 
 
 @pytest.fixture
-def hasty_threads() -> Iterator[None]:
-    """Python goes from one thread to another as often as it can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
+def slow_finders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has found a free piece lets the other threads run before it takes it."""
+    found = Piece.free.fget
+
+    def free(piece: Piece) -> bool:
+        is_free = found(piece)
+        time.sleep(1e-4)
+        return is_free
+
+    monkeypatch.setattr(Piece, "free", property(free))
 
 
-@pytest.mark.usefixtures("hasty_threads")
+@pytest.mark.usefixtures("slow_finders")
 def test_two_threads_never_get_the_same_memory(pool: Pool) -> None:
     """Each writes its own number everywhere, and finds nothing else there a moment later."""
     wrong: list[str] = []
@@ -261,9 +265,9 @@ def test_two_threads_never_get_the_same_memory(pool: Pool) -> None:
 
     def work(number: int) -> None:
         start.wait()
-        for i in range(100):
+        for i in range(30):
             tensors = [pool.empty((LARGE,)).fill_(number) for _ in range(1 + i % 3)]
-            if i % 20 == number:
+            if i % 10 == number:
                 pool.next_pass()
             for t in tensors:
                 if not bool((t == number).all()):
