@@ -169,7 +169,7 @@ class _Recorder(TorchFunctionMode):
         elif made.view:
             result = made.inputs[0].reshape(made.shape)
         else:
-            result = torch.empty(made.shape, device="meta")
+            result = torch.empty(made.shape, dtype=torch.float32, device="meta")
         self._bind(result, node)
         return result
 

@@ -124,8 +124,9 @@ def _layout(t: Tensor) -> tuple[Tensor, str]:
     return t.contiguous(), NCHW
 
 
-def _nhwc(shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(tuple(shape), dtype=dtype, memory_format=torch.channels_last)
+def _empty(shape: Sequence[int], layout: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for a result, whatever PyTorch's default data type and device are."""
+    return torch.empty(tuple(shape), dtype=dtype, device="cpu", memory_format=FORMATS[layout])
 
 
 def _check_parameters(block: Block, bias: Tensor | None, residual: Tensor | None) -> None:
@@ -179,15 +180,15 @@ def conv_block(
     check_devices(x, weight, bias, residual)
     _check_parameters(block, bias, residual)
     layout = output_layout(x, weight)
-    out = torch.empty(block.out_shape, memory_format=FORMATS[layout])
+    out = _empty(block.out_shape, layout)
     x, x_layout = _layout(x)
     program = compiler.forward(block, x_layout, weight.stride(), layout, save)
     pooling = ep.pooling_of(block.epilogue)
     saved = {}
     if pooling is not None and "winners" in program.names:
-        saved["winners"] = _nhwc(block.out_shape, winner_dtype(pooling))
+        saved["winners"] = _empty(block.out_shape, NHWC, winner_dtype(pooling))
     if "before" in program.names:
-        saved["before"] = _nhwc(block.conv_shape)
+        saved["before"] = _empty(block.conv_shape, NHWC)
     buffers = [x, weight]
     if bias is not None:
         buffers.append(bias.contiguous())
@@ -198,8 +199,8 @@ def conv_block(
     winners, before = saved.get("winners"), saved.get("before")
     return (
         out,
-        torch.empty(0, dtype=torch.uint8) if winners is None else winners,
-        torch.empty(0) if before is None else before,
+        x.new_empty(0, dtype=torch.uint8) if winners is None else winners,
+        x.new_empty(0) if before is None else before,
     )
 
 
@@ -222,10 +223,10 @@ def conv_block_backward(
     x, x_layout = _layout(x)
     result, result_layout = (grad, NHWC) if result is None else _layout(result)
     made = {
-        "x": lambda: torch.empty(block.in_shape, memory_format=FORMATS[gx_layout]),
-        "w": lambda: torch.empty(block.conv.weight_shape),
-        "bias": lambda: torch.empty(block.conv.out_channels),
-        "residual": lambda: _nhwc(block.conv_shape),
+        "x": lambda: _empty(block.in_shape, gx_layout),
+        "w": lambda: _empty(block.conv.weight_shape, NCHW),
+        "bias": lambda: _empty((block.conv.out_channels,), NCHW),
+        "residual": lambda: _empty(block.conv_shape, NHWC),
     }
     grads = {name: made[name]() for name in needs}
     program = compiler.backward(
@@ -240,11 +241,11 @@ def pool(x: Tensor, problem: Pool, save: bool) -> tuple[Tensor, Tensor]:
     """(out, winners); winners are empty without ``save`` and for averages."""
     check_devices(x)
     layout = output_layout(x)
-    out = torch.empty(problem.out_shape, memory_format=FORMATS[layout])
+    out = _empty(problem.out_shape, layout)
     winners = x.new_empty(0, dtype=torch.uint8)
     keeps = save and problem.kind == "max"
     if keeps:
-        winners = _nhwc(problem.out_shape, winner_dtype(problem.step))
+        winners = _empty(problem.out_shape, NHWC, winner_dtype(problem.step))
     x, x_layout = _layout(x)
     program = compiler.pool_forward(problem, x_layout, layout, save)
     buffers = [x, out, winners] if keeps else [x, out]
@@ -256,7 +257,7 @@ def pool_backward(grad: Tensor, winners: Tensor, problem: Pool, channels_last: b
     """The gradient of a pooling layer's input."""
     check_devices(grad)
     layout = NHWC if channels_last else NCHW
-    gx = torch.empty(problem.in_shape, memory_format=FORMATS[layout])
+    gx = _empty(problem.in_shape, layout)
     grad, grad_layout = _layout(grad)
     program = compiler.pool_backward_program(problem, grad_layout, layout)
     program.run(grad.data_ptr(), winners.data_ptr(), gx.data_ptr())

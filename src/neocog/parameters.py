@@ -60,7 +60,8 @@ class Parameters:
             made = self.packed.get(key)
             if made is None:
                 strides = self.tensors[key.weight].stride()
-                made = torch.empty(_packing(key.conv, key.algorithm, strides, self.target)[1])
+                size = _packing(key.conv, key.algorithm, strides, self.target)[1]
+                made = torch.empty(size, dtype=torch.float32, device="cpu")
                 self.pack(key, made)
                 self.packed[key] = made
             return made
@@ -84,8 +85,11 @@ class Parameters:
     def affine_of(self, norm: Norm | Constants) -> tuple[Tensor, Tensor]:
         """scale = weight / sqrt(var + eps), shift = bias - mean * scale, computed in float64."""
         if isinstance(norm, Constants):
-            made = [torch.full((norm.channels,), v).float() for v in (norm.scale, norm.shift)]
-            return made[0], made[1]
+            scale, shift = (
+                torch.full((norm.channels,), v, dtype=torch.float32, device="cpu")
+                for v in (norm.scale, norm.shift)
+            )
+            return scale, shift
         get = self.tensors
         mean, var = get[norm.mean].detach().double(), get[norm.var].detach().double()
         weight = get[norm.weight].detach().double() if norm.weight else torch.ones_like(mean)

@@ -379,7 +379,7 @@ def _arena_of_this_thread(size: int) -> Tensor:
     arena = getattr(_local, "arena", None)
     if arena is None or arena.numel() < size + ALIGNMENT:
         _local.arena = None  # free the old one before the new one is made
-        arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        arena = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device="cpu")
         if POOL.holds:
             _local.arena = arena
     return arena
