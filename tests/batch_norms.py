@@ -198,19 +198,24 @@ class Wanted:
     reads_z: bool = False
     lies: dict[str, tuple[Halo, int]] = field(default_factory=dict)
     threads: int = 1
+    in_place: bool = False
+    """Whether the gradient of y goes where that of z was, and not to a map of its own."""
 
 
 def our_gradients(target: Target, problem: Problem, wanted: Wanted) -> dict[str, kt.Array]:
     """By name; nothing around them was written."""
     shape, channels = problem.y.shape, problem.y.shape[1]
     reads = ("g", "y", *(["z"] if wanted.reads_z else []))
-    writes = (*(["out"] if wanted.out else []), *(["residual"] if wanted.residual else []))
+    own = wanted.out and not wanted.in_place
+    writes = (*(["out"] if own else []), *(["residual"] if wanted.residual else []))
     lying = {name: Lying(shape, *wanted.lies.get(name, DENSE)) for name in (*reads, *writes)}
     p = Program((*lying, "statistics", *wanted.vectors))
+    maps = {name: m.map(p.buffer(name)) for name, m in lying.items()}
+    if wanted.in_place:
+        maps["out"] = maps["g"]
     norm_steps.norm_gradient(
-        p, target, shape, problem.act, {n: m.map(p.buffer(n)) for n, m in lying.items()},
-        p.buffer("statistics"), problem.batch, {n: p.buffer(n) for n in wanted.vectors},
-        wanted.residual,
+        p, target, shape, problem.act, maps, p.buffer("statistics"), problem.batch,
+        {name: p.buffer(name) for name in wanted.vectors}, wanted.residual,
     )  # fmt: skip
     tensors = {name: lying[name].filled(getattr(problem, name), math.nan) for name in reads}
     for name in writes:
@@ -228,4 +233,6 @@ def our_gradients(target: Target, problem: Problem, wanted: Wanted) -> dict[str,
         made[name] = inside.numpy().astype(np.float64)
         inside.fill_(MARGIN)
         assert (tensors[name] == MARGIN).all(), f"written around {name}\n{p}"
+    if wanted.in_place:
+        made["out"] = lying["g"].interior(tensors["g"]).numpy().astype(np.float64)
     return made

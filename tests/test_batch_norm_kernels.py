@@ -236,6 +236,20 @@ def test_one_map_lies_in_another_way(odd: str) -> None:
 
 
 @every_target
+@pytest.mark.parametrize("channels", [3, 19, 64, 67])
+def test_gradients_in_place(target: Target, channels: int) -> None:
+    """The gradient of y may be written over that of z."""
+    for lies in (DENSE, GAPS):
+        for residual in ("", "write", "add"):
+            problem = whole_numbers((2, channels, 4, 8), act_of("relu"), batch=True)
+            if residual:
+                problem.residual = kt.integers(problem.y.shape, 3)
+            wanted = Wanted(residual=residual, reads_z=bool(residual), in_place=True)
+            wanted.lies["g"] = lies
+            check_exactly(target, problem, wanted)
+
+
+@every_target
 @pytest.mark.parametrize("out", [True, False])
 @pytest.mark.parametrize("vectors", [(), ("gweight",), ("gbias",), ("gweight", "gbias")], ids=str)
 def test_only_what_is_wanted(target: Target, out: bool, vectors: tuple[str, ...]) -> None:
