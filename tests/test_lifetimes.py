@@ -123,3 +123,16 @@ def test_random_programs(data: st.DataObject) -> None:
             number = -1 - place.buffer
             held = kept[number * N : (number + 1) * N]
             np.testing.assert_allclose(held, value, rtol=1e-5)
+
+
+def test_what_one_iteration_reads_is_still_there_in_the_next() -> None:
+    p = Program(("x", "kept", "out"))
+    x, part = p.buffer("x"), p.lend(p.buffer("kept"), 4 * N, given=True)
+    p.section(2)
+    first, later = p.scratch(N), p.scratch(N, shared=True)
+    add(p, first, part, x)
+    add(p, later, x, x)
+    add(p, p.buffer("out"), first, later)
+    tensors = torch.ones(N), torch.full((4 * N,), 10.0), torch.empty(N)
+    p.run(*(t.data_ptr() for t in tensors), threads=1)
+    np.testing.assert_array_equal(tensors[-1], 13.0)

@@ -81,10 +81,10 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         x, weight = ctx.saved_tensors
         for_x, for_weight, for_bias, _ = ctx.needs_input_grad
-        gw = None
+        gw, ctx.one.factors = None, None
         if for_weight and torch.is_grad_enabled():  # to be differentiated again
             gw = grad.t() @ x
         elif for_weight:
-            ctx.one.factors = (grad, x)
+            ctx.one.factors = grad, x
             gw = grad.new_zeros(1).expand(weight.shape)  # stands for the gradient: has its shape
         return grad @ weight if for_x else None, gw, grad.sum(0) if for_bias else None, None
