@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import neocog
-from neocog import handback, memory
+from neocog import handback, memory, training_steps, winograd_steps
 from neocog.errors import Unsupported
 
 BOUND = 2e-5
@@ -396,3 +396,26 @@ def test_threads_do_not_change_gradients():
     assert all(
         torch.equal(a, b) for grads in found[1:] for a, b in zip(found[0], grads, strict=True)
     )
+
+
+@pytest.mark.parametrize("side", [6, 40])
+def test_weights_a_slice_at_a_time(side: int, monkeypatch: pytest.MonkeyPatch):
+    """Output channels one register tile after the other; few tiles, and blocks of many."""
+    monkeypatch.setattr(winograd_steps, "SLICE_BYTES", 1)
+    monkeypatch.setattr(training_steps, "trained", lambda *_: "winograd4")
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        tn.conv(8, 150), nn.Tanh(), tn.conv(150, 72), nn.BatchNorm2d(72), nn.Tanh()
+    )  # smooth: a ReLU near 0 may decide otherwise than in float64
+    same_step(model, torch.randn(2, 8, side, side))
+
+
+@pytest.mark.parametrize("kind", ["max", "mean"])
+def test_pools_take_batch_norms_along(kind: str):
+    """A scale of any sign, windows over the border, and channels that fill no vector."""
+    torch.manual_seed(0)
+    pool = nn.MaxPool2d(3, 2, 1) if kind == "max" else nn.AvgPool2d(3, 2, 1)
+    norm = nn.BatchNorm2d(21)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    same_step(nn.Sequential(tn.conv(3, 21), norm, nn.ReLU(), pool), torch.randn(2, 3, 9, 8))
