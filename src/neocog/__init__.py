@@ -2,8 +2,9 @@
 
 ``neocog.nn`` and ``neocog.functional`` stand in for their torch namesakes; ``neocog.problem``,
 ``neocog.geometry`` and ``neocog.reference`` are the mathematics underneath.
-``neocog.freeze(model, example)`` and ``torch.compile(model, backend="neocog")`` compile whole
-models for inference; ``neocog.report`` says what became of them, ``neocog.models`` holds networks.
+``torch.compile(model, backend="neocog")`` compiles whole models, for training and for inference,
+``neocog.freeze(model, example)`` for inference alone; ``neocog.report`` says what became of them,
+``neocog.models`` holds networks, ``neocog.free_memory()`` gives back what is held between steps.
 ``neocog.explain(model, image)`` shows where each number in a network comes from, and
 ``neocog.export(model, path, in_shape)`` writes it for ONNX Runtime and for torch.export.
 """
@@ -15,12 +16,13 @@ from typing import Any
 __version__ = metadata.version("neocog")
 
 __all__ = [
-    "explain", "export", "freeze", "functional", "geometry", "models", "nn", "problem", "reference",
-    "report",
+    "explain", "export", "free_memory", "freeze", "functional", "geometry", "models", "nn",
+    "problem", "reference", "report",
 ]  # fmt: skip
 
 FUNCTIONS = {
-    "explain": "web.page", "export": "exporting", "freeze": "freezing", "report": "backend"
+    "explain": "web.page", "export": "exporting", "free_memory": "program",
+    "freeze": "freezing", "report": "backend",
 }  # fmt: skip
 """Functions offered here, and the module of each."""
 

@@ -385,12 +385,16 @@ def _arena_of_this_thread(size: int) -> Tensor:
     return arena
 
 
-def arena_size() -> int:
-    """Bytes of the arena that this thread keeps between calls."""
+def held_memory() -> int:
+    """Bytes that training holds in use or ready, and the arena of this thread."""
     arena = getattr(_local, "arena", None)
-    return 0 if arena is None else arena.numel()
+    return POOL.size + (0 if arena is None else arena.numel())
 
 
-def free_scratch() -> None:
-    """Free the arena that this thread keeps between calls; its next call makes a new one."""
+def free_memory() -> None:
+    """Give back the memory that is held ready: of training, and this thread's scratch.
+
+    The next step takes it anew, which costs it the time that fresh pages take.
+    """
+    POOL.clear()
     _local.arena = None

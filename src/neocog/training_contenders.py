@@ -47,7 +47,7 @@ from .answering import (
 from .architectures import ARCHITECTURES, Shape
 from .contenders import Task
 from .memory import POOL
-from .program import arena_size, free_scratch
+from .program import free_memory, held_memory
 
 Forward = Callable[[Tensor], Tensor]
 """From pictures to logits, to be differentiated."""
@@ -188,7 +188,7 @@ class Contender:
         """
         POOL.holds = True
         self._warm_up()
-        held = POOL.size + arena_size()
+        held = held_memory()
         hold_nothing()
 
         def gone() -> None:
@@ -296,8 +296,7 @@ def allocated_bytes(forward: Callable[[], Tensor]) -> int:
 def hold_nothing() -> None:
     """From now on, whatever neocog frees goes back at once, as with :data:`EXACT_MEMORY`."""
     POOL.holds = False
-    POOL.clear()
-    free_scratch()
+    free_memory()
 
 
 def peak_growth(run: Callable[[], Any], before: Callable[[], Any]) -> int:
