@@ -65,7 +65,7 @@ POSITIONS: dict[type[nn.Module], int] = {
 """In a block. What computes nothing (Flatten, Identity, dropout switched off) has none."""
 
 JUMPS: dict[type[nn.Module], tuple[float, ...]] = {nn.ReLU: (0.0,), nn.ReLU6: (0.0, 6.0)}
-"""Where the derivative of an activation jumps; its value there is that of what it clips."""
+"""Where the derivative of an activation jumps: at the values it clips to."""
 
 ENGINES: dict[str, Callable[[nn.Module], Callable[[Tensor], Tensor]]] = {
     "eager": lambda model: model,
@@ -89,8 +89,10 @@ class Block:
     modules: list[nn.Module] = field(default_factory=list)
     gradient: Tensor | None = None
     """Of what comes out."""
-    out: tuple[int, int] = (0, 0)
-    """What comes out: the tensor, and its version, for a sum may be written over it."""
+    out: Tensor | None = None
+    """What comes out, until its gradient is there."""
+    version: int = 0
+    """Of ``out``: a sum may be written over it, and then it is something else."""
     hook: RemovableHandle | None = None
 
     def add(self, module: nn.Module, out: Tensor) -> None:
@@ -98,16 +100,16 @@ class Block:
         if self.hook is not None:
             self.hook.remove()
         self.modules.append(module)
-        self.out = id(out), out._version
+        self.out, self.version = out, out._version
         self.hook = out.register_hook(self._record)
 
     def goes_on(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the module belongs to the block, which is the one that ran just before."""
         fits = POSITIONS[type(module)] > POSITIONS[type(self.modules[-1])]
-        return fits and self.out == (id(x), x._version)
+        return fits and x is self.out and x._version == self.version
 
     def _record(self, gradient: Tensor) -> None:
-        self.gradient = gradient.clone()
+        self.gradient, self.out = gradient.clone(), None
 
     def sequential(self) -> nn.Sequential:
         """The block on its own."""
@@ -183,9 +185,8 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Of the block's input, unless that is the network's, and of its parameters."""
     x = block.x.to(gradient.dtype, copy=True).requires_grad_(not block.is_first)
-    leaves = {"input": x, **dict(model.named_parameters())}
-    if block.is_first:
-        del leaves["input"]
+    leaves = {} if block.is_first else {"input": x}
+    leaves |= dict(model.named_parameters())
     forward(x).backward(gradient)
     found = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     assert found.keys() == leaves.keys(), block.name
@@ -197,14 +198,12 @@ def batch_norm_terms(block: nn.Sequential) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def watch(norm: nn.Module, given: tuple[Tensor], out: Tensor) -> None:
-        place = list(block).index(norm)
-        x = given[0].detach()
-        x = (x - x.mean((0, 2, 3), keepdim=True)) / x.std((0, 2, 3), keepdim=True)
+        normal = F.batch_norm(given[0].detach(), None, None, training=True)
 
         def add(gradient: Tensor) -> None:
-            terms = {"weight": gradient * x, "bias": gradient}
-            for name, each in terms.items():
-                found[f"{place}.{name}"] = each.abs().sum((0, 2, 3)).max().item()
+            for name, terms in {"weight": gradient * normal, "bias": gradient}.items():
+                sums = terms.abs().sum((0, 2, 3))
+                found[f"{list(block).index(norm)}.{name}"] = sums.max().item()
 
         out.register_hook(add)
 
@@ -266,18 +265,16 @@ def show(network: str, rows: list[Row]) -> None:
     """The largest errors, and how many are too large."""
     cancelled = sum(row["scale"] != row["largest"] for row in rows)
     print(f"\n{network}: {len(rows)} gradients, {cancelled} of them cancelled")
-    for engine in ENGINES:
-        worst = max(rows, key=lambda row: row["errors"][engine])
-        above = sum(row["errors"][engine] > LIMIT for row in rows)
-        print(
-            f"  {engine:14}{worst['errors'][engine]:8.1e}  {place(worst):44}"
-            f"{above:3} above {LIMIT:.0e}"
-        )
-    worst, above = max(rows, key=ratio), sum(ratio(row) > RATIO for row in rows)
-    print(
-        f"  {'exact / eager':14}{ratio(worst):8.2f}  {place(worst):44}{above:3} above {RATIO:.0f}",
-        flush=True,
-    )
+    columns = {engine: (by(engine), ".1e", LIMIT) for engine in ENGINES}
+    columns["exact / eager"] = ratio, ".2f", RATIO
+    for label, (measured, form, most) in columns.items():
+        worst = max(rows, key=measured)
+        above = sum(measured(row) > most for row in rows)
+        print(f"  {label:14}{measured(worst):<9{form}}{place(worst):34}{above:3} above {most:g}")
+
+
+def by(engine: str) -> Callable[[Row], float]:
+    return lambda row: row["errors"][engine]
 
 
 def place(row: Row) -> str:
