@@ -21,7 +21,7 @@ MEAN, VARIANCE = bn.MEAN, bn.VARIANCE
 STATISTICS = bn.STATISTICS
 """How many statistics there are of a layer."""
 
-LINE = 64
+LINE = 16
 """Pixels to a line, where they need not be those of a row: few enough to round little."""
 
 ITEMS = 64
