@@ -146,7 +146,7 @@ def plot(rows: Sequence[Row]) -> bytes:
                 axes.barh(place, lead, height=0.9, color=COLOURS[what])
                 text = f"{NAMES[what]}: {lead:.2f} over {standing.best_peer(what)}"
                 axes.annotate(text, (lead, place), **beside)
-    axes.margins(x=0.6)  # room for the words
+    axes.margins(x=0.8)  # room for the words
     for value, style in ((REQUIRED, "-"), (GOAL, ":")):
         axes.axvline(value, color="black", linestyle=style, linewidth=0.8)
     places = [number * (len(COMPARED) + 1) + 1 for number in range(len(found))]
