@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import neocog
 from neocog import functional
 from neocog.memory import POOL
-from neocog.program import free_scratch
+from neocog.program import free_memory
 
 every_default = pytest.mark.parametrize("default", [torch.float64, torch.bfloat16, "meta"], ids=str)
 
@@ -24,7 +24,7 @@ every_default = pytest.mark.parametrize("default", [torch.float64, torch.bfloat1
 def fresh() -> Iterator[None]:
     """Nothing is kept from a time of other defaults."""
     torch._dynamo.reset()
-    free_scratch()
+    free_memory()
     POOL.clear()
     yield
     torch._dynamo.reset()

@@ -240,11 +240,6 @@ def test_layers_of_real_size_round_little(text, exact):
     assert (found["bias"].double() - bias).abs().max() <= 1e-6 * bias.abs().max()
 
 
-def test_scratch_is_given_back(algorithm):
-    layer = Layer(parse("conv n2 c19x9x7 k19 3x3 p1"), exact=algorithm == "exact")
-    assert layer.program.scratch(1) == Program(()).scratch(1)
-
-
 def test_results_go_to_the_call_buffers_unless_told_otherwise():
     conv = parse("conv n1 c2x5x4 k3 3x3 p1")
     p = Program(("x", "grad", "gw", "gbias"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -194,9 +195,16 @@ def join() -> Group:
 
 
 def leave() -> None:
-    """Takes this process out of its group, if it is in one."""
+    """Ends this process if it is in a group of several; all it has to say is said.
+
+    At once: threads of the engine may outlive it, and abort the process (SIGABRT, which torchrun
+    takes for a failure) if they ask for the interpreter while that takes itself apart.
+    """
     if dist.is_initialized():
         dist.destroy_process_group()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
