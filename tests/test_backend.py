@@ -319,3 +319,25 @@ def test_live_parameters_know_what_changed():
     live.refresh({})
     untouched = [bool((t == 7.0).all()) for t in kept]
     assert sorted(untouched) == [False, True]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_blocks_of_neocog_nn_are_compiled_with_the_rest(training: bool):
+    """Its operators are told in PyTorch's, and fused like anybody's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        neocog.nn.ConvBlock(3, 8, 3, padding=1, activation="relu", pool=neocog.nn.MaxPool2d(2)),
+        neocog.nn.Conv2d(8, 4, 3, padding="same"), neocog.nn.AvgPool2d(2),
+    ).train(training)  # fmt: skip
+    expected, x = copy.deepcopy(model), torch.randn(2, 3, 12, 12)
+    compiled = torch.compile(model, backend="neocog")
+    with torch.set_grad_enabled(training):
+        made, wanted = compiled(x), expected(x)
+    torch.testing.assert_close(made, wanted, rtol=1e-5, atol=1e-6)
+    (report,) = neocog.report(compiled)
+    assert report.programs == 1 and not report.handed_back
+    if training:
+        for out in (made, wanted):
+            out.pow(2).sum().backward()
+        for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-5, atol=1e-5)

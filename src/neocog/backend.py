@@ -18,6 +18,7 @@ from .errors import Unsupported
 from .freezing import Frozen
 from .layer_calls import CALLS
 from .learning import LearningPlan
+from .ops import SPELLED_OUT
 from .parameters import Live
 from .reports import Report, report_of
 from .running import Plan, Plans, layout_of
@@ -128,7 +129,7 @@ class LiveGraph:
             self._hand_back(f"a tensor on {device}; kernels run on the CPU")
             return None
         try:
-            return capture(self.gm, args, calls=calls)
+            return capture(self.gm, args, calls=calls, spelled_out=SPELLED_OUT)
         except Unsupported as error:
             self._hand_back(str(error))
             return None

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -52,14 +53,16 @@ def capture(
     args: Sequence[Any],
     names: Mapping[int, str] | None = None,
     calls: Calls = CALLS,
+    spelled_out: Mapping[Any, Callable[..., Tensor]] = MappingProxyType({}),
 ) -> Captured:
     """The network of ``model(*args)``.
 
     ``names``: id -> name of tensors the model may read besides its arguments; others it reads are
-    named by number. ``calls``: what has kernels. Unsupported if the model looks at the values of a
+    named by number. ``calls``: what has kernels. ``spelled_out``: operators whose first result is
+    told in others; nobody asks for the rest. Unsupported if the model looks at the values of a
     tensor or writes to memory that several tensors share.
     """
-    recorder = _Recorder(names or {}, calls)
+    recorder = _Recorder(names or {}, calls, spelled_out)
     # Inference tensors count no versions, which say whether a call has written to them.
     with torch.inference_mode(False), torch.no_grad():
         metas = [
@@ -84,9 +87,14 @@ def argument(index: int) -> str:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, names: Mapping[int, str], calls: Calls):
+    def __init__(
+        self,
+        names: Mapping[int, str],
+        calls: Calls,
+        spelled_out: Mapping[Any, Callable[..., Tensor]],
+    ) -> None:
         super().__init__()
-        self._calls = calls
+        self._calls, self._spelled_out = calls, spelled_out
         self.network = Network()
         self.parameters: dict[str, Tensor] = {}
         self._names = names
@@ -139,6 +147,10 @@ class _Recorder(TorchFunctionMode):
                 return found
         if torch.is_autocast_enabled("cpu"):
             raise Unsupported("autocast: the kernels compute float32")
+        if func in self._spelled_out:
+            with self:
+                first = self._spelled_out[func](*args, **kwargs)
+            return first, *([None] * (len(func._schema.returns) - 1))
         tensors = [t for t in tree_flatten((args, kwargs))[0] if isinstance(t, Tensor)]
         call = self._calls.get(func)
         reason = f"{name}: no kernel"

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import execution, handback, ops
+from . import ops
 from .errors import NotExported
 from .geometry import Window
 from .steps import pair
@@ -53,15 +53,14 @@ class Made:
     opset: int | None = None
 
 
-def _conv_block(x, weight, bias, residual, stride, padding, dilation, groups, epilogue, save):
-    steps = execution.parse_steps(epilogue)
-    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
-    empty = x.new_empty(0)
-    return handback.conv_block(x, weight, bias, residual, *window, steps), empty, empty
+def _with_nothing_saved(op: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """One of neocog's operators in PyTorch's own; without gradients nobody reads what it saves."""
 
+    def spelled(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        saved = len(op._schema.returns) - 1
+        return ops.SPELLED_OUT[op](x, *args), *(x.new_empty(0) for _ in range(saved))
 
-def _pool(x, pooling, save):
-    return handback.pool(x, execution.parse_pooling(pooling)), x.new_empty(0)
+    return spelled
 
 
 def _avg_pool2d(x, size, stride=(), padding=0, ceil_mode=False, include=True, divisor=None):
@@ -79,14 +78,10 @@ def _avg_pool2d(x, size, stride=(), padding=0, ceil_mode=False, include=True, di
 
 
 SPELLED_OUT = {
-    ops.conv_block: _conv_block,
-    ops.pool: _pool,
+    **{op: _with_nothing_saved(op) for op in ops.SPELLED_OUT},
     torch.ops.aten.avg_pool2d.default: _avg_pool2d,
 }
-"""neocog's operators in PyTorch's own; without gradients nobody reads what they save.
-
-And average pools with a divisor, which torch.onnx drops.
-"""
+"""neocog's operators in PyTorch's own, and average pools with a divisor, which torch.onnx drops."""
 
 
 def traced(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

@@ -12,7 +12,7 @@ Four operators, none differentiable twice by itself (double backward is handed b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -248,3 +248,25 @@ torch.library.register_autograd(
 torch.library.register_autograd(
     "neocog::pool", _pool_gradients, setup_context=_save_pool, lib=LIBRARY
 )
+
+
+# ------------------------------------------------------------------------ for those who know none
+
+
+def _conv_block_in_pytorch(
+    x, weight, bias, residual, stride, padding, dilation, groups, epilogue, save
+) -> Tensor:
+    steps = execution.parse_steps(epilogue)
+    window = (tuple(stride), tuple(padding), tuple(dilation), groups)
+    return handback.conv_block(x, weight, bias, residual, *window, steps)
+
+
+def _pool_in_pytorch(x, pooling, save) -> Tensor:
+    return handback.pool(x, execution.parse_pooling(pooling))
+
+
+SPELLED_OUT: dict[Any, Callable[..., Tensor]] = {
+    conv_block: _conv_block_in_pytorch,
+    pool: _pool_in_pytorch,
+}
+"""Operator -> its first result in PyTorch's own operators; the others are for its gradient."""
