@@ -8,6 +8,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -273,11 +274,8 @@ def test_two_threads_never_get_the_same_memory(pool: Pool) -> None:
                 if not bool((t == number).all()):
                     wrong.append(f"thread {number}, round {i}")
 
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))  # raises what a thread has raised
     assert not wrong
     assert 1 <= pieces(pool) <= 4 * 6, "three of a round and three of the one before, in each"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from . import convolutions, winograd_steps
 from .convolutions import Weights
-from .maps import FEW, Halo, halo_of
+from .maps import FEW, Halo, Map, halo_of
 from .problem import Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
@@ -113,25 +113,26 @@ def pack(
 
 
 def convolve(p: Program, target: Target, conv: Conv, chosen: str, x, packed: Place, out, epilogue,
-             extra, plane: int = 0) -> None:  # fmt: skip
+             extra, plane: int = 0, winners: Map | None = None) -> None:  # fmt: skip
     """The steps of one convolution with its epilogue on packed weights.
 
     ``plane``: elements between the channels of ``x`` where they are planes, as :func:`reads_planes`
-    allows.
+    allows. ``winners``: where direct convolution keeps those of a max pool.
     """
     if chosen in WINOGRAD:
         m = WINOGRAD[chosen]
         winograd_steps.convolve(p, target, conv, x, packed, out, epilogue, extra, m, plane)
     else:
         convolutions.convolve_packed(
-            p, target, conv, x, packed, out, epilogue, None, extra, plane=plane,
+            p, target, conv, x, packed, out, epilogue, winners, extra, plane=plane,
             short=chosen == SHORT_SUMS,
         )  # fmt: skip
 
 
 def convolve_packing(
-    p: Program, target: Target, conv: Conv, chosen: str, weights: Weights, x, out, epilogue, extra
-) -> None:
+    p: Program, target: Target, conv: Conv, chosen: str, weights: Weights, x, out, epilogue, extra,
+    winners: Map | None = None,
+) -> None:  # fmt: skip
     """:func:`pack` and :func:`convolve` for weights that serve once."""
     if chosen in WINOGRAD:
         winograd_steps.convolve_packing(
@@ -140,4 +141,4 @@ def convolve_packing(
         return
     packed = p.scratch(packed_elements(target, conv, chosen))
     pack(p, target, conv, chosen, weights, packed)
-    convolve(p, target, conv, chosen, x, packed, out, epilogue, extra)
+    convolve(p, target, conv, chosen, x, packed, out, epilogue, extra, winners=winners)

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from . import norm_steps
 from .cpu import epilogue as ep
 from .cpu.pool import winner_type
-from .maps import Halo, Map, halo_of
+from .maps import Halo, elements_with_halo, halo_of
 from .network import Layer, Node, Pointwise
 from .network import Pooling as PoolNode
 from .problem import Act, Add, Pooling
-from .program import SLACK, Place
+from .program import SLACK, whole_lines
 from .target import Target
 
 
@@ -38,18 +38,10 @@ class Kept:
 
     def take(self, elements: int) -> int:
         """Room for some elements, from the start of a cache line."""
-        start, size = self.size, -(-elements // 16) * 16
+        start, size = self.size, whole_lines(elements)
         self.parts[start] = size
         self.size += size
         return start
-
-
-def kept_map(node: Node, corner: Place, halo: Halo) -> tuple[Map, Place]:
-    """The map of a kept value whose halo begins at ``corner``, and that corner."""
-    _, channels, height, width = node.map_shape
-    row = (width + halo.left + halo.right) * channels
-    image = (height + halo.top + halo.bottom) * row
-    return Map(corner + (halo.top * row + halo.left * channels), image, row, channels), corner
 
 
 def halo_for(node: Node, uses: Mapping[Node, Sequence[Node]]) -> Halo:
@@ -92,10 +84,8 @@ def keep(
             needed |= set(node.inputs)
     for node in nodes:
         if node in needed and not computed_again(node):
-            batch, channels, height, width = node.map_shape
             halo = halo_for(node, uses)
-            rows, cols = height + halo.top + halo.bottom, width + halo.left + halo.right
-            kept.values[node] = (kept.take(batch * rows * cols * channels), halo)
+            kept.values[node] = (kept.take(elements_with_halo(node.map_shape, halo)), halo)
         if is_norm(node):
             elements = norm_steps.statistics_elements(target, node.map_shape[1])
             kept.statistics[node] = kept.take(elements)

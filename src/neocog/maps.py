@@ -84,12 +84,22 @@ def scratch_map(
 
     ``shared``: it outlives an iteration of the program's section.
     """
+    corner = p.scratch(elements_with_halo(shape, halo), shared)
+    return map_with_halo(corner, shape, halo), corner
+
+
+def elements_with_halo(shape: Sequence[int], halo: Halo) -> int:
+    """float32 elements of a map of this shape (N, C, H, W) and its halo."""
     batch, channels, height, width = shape
+    return batch * (height + halo.top + halo.bottom) * (width + halo.left + halo.right) * channels
+
+
+def map_with_halo(corner: Place, shape: Sequence[int], halo: Halo) -> Map:
+    """The map of this shape (N, C, H, W) whose halo begins at ``corner``."""
+    _, channels, height, width = shape
     row = (width + halo.left + halo.right) * channels
     image = (height + halo.top + halo.bottom) * row
-    corner = p.scratch(batch * image, shared)
-    inside = corner + (halo.top * row + halo.left * channels)
-    return Map(inside, image, row, channels), corner
+    return Map(corner + (halo.top * row + halo.left * channels), image, row, channels)
 
 
 def clear_halo(

@@ -31,6 +31,9 @@ from .memory import POOL
 ALIGNMENT = 64
 """Bytes: a cache line, and the widest vector."""
 
+LINE = ALIGNMENT // 4
+"""float32 of a cache line."""
+
 SLACK = 80
 """float32 behind every scratch buffer: more than any register tile is wide."""
 
@@ -99,9 +102,9 @@ class Scratch:
     """Whether every thread has one."""
 
 
-def _lines(elements: int) -> int:
-    line = ALIGNMENT // 4
-    return -(-elements // line) * line
+def whole_lines(elements: int) -> int:
+    """As many float32 elements, filled up to whole cache lines."""
+    return -(-elements // LINE) * LINE
 
 
 @dataclass
@@ -174,7 +177,7 @@ class Program:
         """
         number = len(self.sections) - 1
         own = self.sections[number].iterations > 1 and not shared
-        self._scratch.append(Scratch(_lines(elements + slack), number if own else None))
+        self._scratch.append(Scratch(whole_lines(elements + slack), number if own else None))
         return Place(-len(self._scratch))
 
     def lend(self, place: Place, elements: int, given: bool) -> Place:
@@ -207,7 +210,7 @@ class Program:
         Nothing in it lasts. The steps of a section that runs several times share theirs, for
         threads may be at different ones.
         """
-        number, size = len(self.sections) - 1, _lines(elements) + ALIGNMENT // 4
+        number, size = len(self.sections) - 1, whole_lines(elements) + LINE
         shared = self.sections[number].iterations > 1
         at = next((i for n, i, *_ in self._thread_scratch if shared and n == number), None)
         if at is None:
@@ -264,7 +267,7 @@ class Program:
             starts[buffer] = end
             own = [(end + place.offset, life) for place, life in parts if place.buffer == buffer]
             end = max(at + life.size for at, life in own)
-            wall = Life(ALIGNMENT // 4, -math.inf, math.inf)  # nothing stands in two buffers
+            wall = Life(LINE, -math.inf, math.inf)  # nothing stands in two buffers
             used += [*own, (end, wall)]
             end += wall.size
         return starts, Lent(end, used)
@@ -329,7 +332,7 @@ class Program:
             words += [int(private), section.iterations, len(made), moves[-1].ctypes.data,
                       stop - section.first, steps[section.first :].ctypes.data]  # fmt: skip
         buffers = FIRST_CALL_BUFFER + len(self.names)
-        omp, line = runtime.openmp(), 8 * _lines(buffers + self._virtual)
+        omp, line = runtime.openmp(), 8 * whole_lines(buffers + self._virtual)
         head = [len(self.sections), omp.parallel, omp.barrier, omp.thread_num, omp.num_threads,
                 buffers, self._virtual, 4 * arena, line]  # fmt: skip
         constants = np.concatenate([*self._constants, np.zeros(1, np.int64)])

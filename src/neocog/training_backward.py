@@ -18,14 +18,11 @@ from .network import BatchStatistics, Layer, Node, Norm, Pointwise
 from .network import Pooling as PoolNode
 from .pools import unpool
 from .problem import Act, Add
-from .program import Place, Program
+from .program import LINE, Place, Program
 from .training_steps import Spec, Steps
 from .weight_gradients import weight_gradient_steps
 
 IDENTITY = Act("identity")
-
-LINE = 16
-"""float32 of a cache line."""
 
 
 @dataclass(frozen=True)

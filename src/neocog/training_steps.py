@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from . import choices, convolutions, norm_steps
+from . import choices, norm_steps
 from .convolutions import Weights
 from .cpu import elementwise
-from .kept import Kept, halo_for, is_norm, kept_map
+from .kept import Kept, halo_for, is_norm
 from .kernels import kernel
-from .maps import NCHW, Halo, Map, clear_halo, deliver, read, scratch_map
+from .maps import NCHW, Halo, Map, clear_halo, deliver, map_with_halo, read, scratch_map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
 from .network import Pooling as PoolNode
 from .pools import pool_steps
@@ -87,14 +87,14 @@ class Steps:
         if node in self.spec.inputs:
             return self._read_input(node)
         if node in self.kept.values:
-            return self._kept_map(node)[0]
+            return self._kept_map(node)
         if is_norm(node):
             return self.normalised(node)
         return self.pooled(node, None)
 
-    def _kept_map(self, node: Node) -> tuple[Map, Place]:
+    def _kept_map(self, node: Node) -> Map:
         offset, halo = self.kept.values[node]
-        return kept_map(node, self.parts[offset], halo)
+        return map_with_halo(self.parts[offset], node.map_shape, halo)
 
     def _read_input(self, node: Node) -> Map:
         place = self.p.buffer(f"in{self.spec.inputs.index(node)}")
@@ -105,9 +105,8 @@ class Steps:
         """Memory for the map of a node: in what is kept, or scratch."""
         if node not in self.kept.values:
             return self.scratch(node, node.map_shape, halo_for(node, self.spec.uses))
-        m, corner = self._kept_map(node)
-        halo = self.kept.values[node][1]
-        clear_halo(self.p, self.spec.target, m, corner, node.map_shape, halo)
+        m, (offset, halo) = self._kept_map(node), self.kept.values[node]
+        clear_halo(self.p, self.spec.target, m, self.parts[offset], node.map_shape, halo)
         self.maps[node] = m
         return m
 
@@ -186,13 +185,11 @@ class Steps:
     ) -> None:  # fmt: skip
         """A convolution on weights that may have changed: pack them, then compute."""
         p, target, extra = self.p, self.spec.target, extra or {}
-        if not any(isinstance(step, Pooling) for step in epilogue):
-            algorithm = self.algorithm(conv, epilogue)
-            choices.convolve_packing(p, target, conv, algorithm, weights, x, out, epilogue, extra)
-            return
-        packed = p.scratch(convolutions.packed_elements(target, conv))
-        convolutions.pack(p, target, conv, weights, packed)
-        convolutions.convolve_packed(p, target, conv, x, packed, out, epilogue, winners, extra)
+        pooled = any(isinstance(step, Pooling) for step in epilogue)
+        algorithm = choices.DIRECT if pooled else self.algorithm(conv, epilogue)
+        choices.convolve_packing(
+            p, target, conv, algorithm, weights, x, out, epilogue, extra, winners
+        )
 
     def algorithm(self, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
         """The cheapest algorithm, packing the weights included."""

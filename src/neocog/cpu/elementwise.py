@@ -108,11 +108,9 @@ def _pixels(e: Emitter, plan: ElementwisePlan, f: SimpleNamespace, places: dict)
         }
 
         def block(first: Int, vectors: int, masks: Sequence[ir.Value | None]) -> None:
-            parameters = {name: e.at(getattr(f, name), first) for name in ep.parameters(plan.steps)}
             for j in range(vectors):
                 offset = e.add(first, j * e.lanes)
-                pointers = SimpleNamespace(**parameters)
-                loaded = ep.load_parameters(e, plan.steps, pointers, j * e.lanes, masks[j])
+                loaded = ep.load_parameters(e, plan.steps, f, offset, masks[j])
                 _vector(e, plan, here, offset, masks[j], loaded)
 
         channel_blocks(e, plan.channels, block)

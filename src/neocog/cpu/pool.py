@@ -11,7 +11,6 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 from llvmlite import ir
 
@@ -362,11 +361,8 @@ def emit(plan: PoolPlan) -> Kernel:
                     size = winner_type(plan.pool).width // 8
                     sink.winners = e.at_byte(f.winners, e.mul(where, size))
                     sink.winners_pixel = f.winners_pixel
-                pointers = SimpleNamespace(
-                    **{n: e.at(getattr(f, n), first) for n in ep.parameters(plan.before)}
-                )
                 loaded = [
-                    ep.load_parameters(e, plan.before, pointers, j * e.lanes, masks[j])
+                    ep.load_parameters(e, plan.before, f, e.add(first, j * e.lanes), masks[j])
                     for j in range(vectors)
                 ]
 
