@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "neocog"
 
 # A name stands for a module, or for a package with all that is in it.
 FLOORS = {
-    0: "geometry errors",
+    0: "geometry errors guard",
     1: "dtypes activations reductions",
     2: "steps problem",
     3: "reference network",
