@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from neocog import guard
+from neocog.sight import Follow
 
 X = torch.arange(6.0).reshape(2, 3)
 
@@ -229,6 +230,16 @@ def test_a_default_device_is_no_interruption_and_a_mode_beside_it_is():
             assert guard.interrupted() == "a function mode (Function)"
     finally:
         torch.set_default_device(None)
+
+
+def test_the_modes_that_record_for_explanations_let_kernels_run():
+    """They follow neocog's layers, whose own numbers are to be explained."""
+    with Follow(X):
+        assert guard.own_mode()
+        assert guard.interrupted() is None
+        with Function():
+            assert guard.interrupted() == "a function mode (Function)"
+    assert not guard.own_mode()
 
 
 def test_a_mode_lets_its_own_handler_run():
