@@ -124,16 +124,25 @@ def interrupted() -> str | None:
 def _interruption() -> str | None:
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    if peek_interpreter_stack() is not None:
-        return "a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
+    if transform := transformed():
+        return transform
     if _get_tracing_state() is not None:
         return "torch.jit traces"
     if dispatch := _get_current_dispatch_mode_stack():
         return f"a dispatch mode ({type(dispatch[0]).__name__})"
     if functions := foreign_modes():
         return f"a function mode ({type(functions[0]).__name__})"
+    return None
+
+
+# Dynamo asks once, while it traces, and guards by itself on what is asked here.
+@torch.compiler.assume_constant_result
+def transformed() -> str | None:
+    """The part of :func:`interrupted` that holds while torch.compile traces, too."""
+    if peek_interpreter_stack() is not None:
+        return "a transform of torch.func"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
     return None
 
 

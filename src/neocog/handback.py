@@ -50,11 +50,12 @@ HANDED_BACK = (
 """What goes to PyTorch, and why; for ``neocog doctor``."""
 
 
+# A graph need not break for it: it is said while the graph is traced.
+@torch.compiler.assume_constant_result
 def say(what: str, reason: str) -> None:
     """Log, once for each pair, that ``what`` went to PyTorch.
 
-    Not where neocog itself looks on: a model that is captured or recorded has to show PyTorch's
-    functions, and asked for nothing else.
+    Not where neocog itself captures or records a model: there it was asked for.
     """
     if torch.compiler.is_compiling() or not guard.own_mode():
         warn_once(what, reason)
@@ -81,9 +82,7 @@ def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
             return f"layout {t.layout}"
         if not traced and not guard.plain(t):
             return guard.why_not(t)
-    if traced and torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if not traced and (state := guard.interrupted()) is not None:
+    if (state := _traced_state() if traced else guard.interrupted()) is not None:
         return state
     acts = [step for step in steps if isinstance(step, Act)]
     for act in acts:
@@ -94,6 +93,13 @@ def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
             if ACTIVATIONS[act.name].derivative_from_output is None:
                 return f"the gradient of {act} (without one, kernels exist for it)"
     return None
+
+
+def _traced_state() -> str | None:
+    """Why PyTorch must compute what is traced now."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    return guard.transformed()
 
 
 def conv_block(

@@ -270,3 +270,21 @@ SPELLED_OUT: dict[Any, Callable[..., Tensor]] = {
     pool: _pool_in_pytorch,
 }
 """Operator -> its first result in PyTorch's own operators; the others are for its gradient."""
+
+
+def _decomposed(op: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """An operator with all its results; without gradients nobody reads what it saves."""
+
+    def decomposed(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        saved = len(op._schema.returns) - 1
+        return SPELLED_OUT[op](x, *args), *(x.new_empty(0) for _ in range(saved))
+
+    return decomposed
+
+
+DECOMPOSED = {op: _decomposed(op) for op in SPELLED_OUT}
+"""Operator -> its results in PyTorch's own operators, for graphs without gradients."""
+
+for _op, _decomposition in DECOMPOSED.items():
+    # PyTorch's own table, which torch.onnx reads (2.13): it knows no operators of others.
+    torch._decomp.register_decomposition(_op)(_decomposition)
