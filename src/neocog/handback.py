@@ -99,7 +99,8 @@ def _traced_state() -> str | None:
     """Why PyTorch must compute what is traced now."""
     if torch.is_autocast_enabled("cpu"):
         return "autocast is on"
-    return guard.transformed()
+    # torch.onnx reads graphs of PyTorch's operators; those of torch.export keep neocog's.
+    return "torch.onnx exports" if torch.onnx.is_in_onnx_export() else guard.transformed()
 
 
 def conv_block(

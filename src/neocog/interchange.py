@@ -53,6 +53,16 @@ class Made:
     opset: int | None = None
 
 
+def _with_nothing_saved(op: Any) -> Callable[..., tuple[Tensor, ...]]:
+    """One of neocog's operators in PyTorch's own; without gradients nobody reads what it saves."""
+
+    def spelled(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+        saved = len(op._schema.returns) - 1
+        return ops.SPELLED_OUT[op](x, *args), *(x.new_empty(0) for _ in range(saved))
+
+    return spelled
+
+
 def _avg_pool2d(x, size, stride=(), padding=0, ceil_mode=False, include=True, divisor=None):
     if divisor is None:
         return NotImplemented  # it stays as it is
@@ -68,7 +78,7 @@ def _avg_pool2d(x, size, stride=(), padding=0, ceil_mode=False, include=True, di
 
 
 SPELLED_OUT = {
-    **ops.DECOMPOSED,
+    **{op: _with_nothing_saved(op) for op in ops.SPELLED_OUT},
     torch.ops.aten.avg_pool2d.default: _avg_pool2d,
 }
 """neocog's operators in PyTorch's own, and average pools with a divisor, which torch.onnx drops."""

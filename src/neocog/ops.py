@@ -94,6 +94,15 @@ for _name, _function in (
 # ------------------------------------------------------------------------------ fake kernels
 
 
+def _check_one_device(x: Tensor, *others: Tensor | None) -> None:
+    """As PyTorch's own operators do: a fake kernel would answer for kernels that do not exist."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise InvalidProblem(
+                f"all tensors must be on one device, got {x.device} and {t.device}"
+            )
+
+
 def _like(shape: Sequence[Any], x: Tensor, *others: Tensor) -> Tensor:
     layout = execution.output_layout(x, *others)
     return torch.empty(
@@ -122,6 +131,7 @@ def _pooled(pooling: Pooling | None, height: Any, width: Any) -> tuple[Any, Any]
 
 @torch.library.register_fake("neocog::conv_block", lib=LIBRARY)
 def _(x, weight, bias, residual, stride, padding, dilation, groups, epilogue, save):
+    _check_one_device(x, weight, bias, residual)
     steps = execution.parse_steps(epilogue)
     pooling = ep.pooling_of(steps)
     height, width = _conv_sizes(x, weight, stride, padding, dilation)
@@ -138,6 +148,7 @@ def _(x, weight, bias, residual, stride, padding, dilation, groups, epilogue, sa
 
 @torch.library.register_fake("neocog::conv_block_backward", lib=LIBRARY)
 def _(grad, x, weight, result, winners, stride, padding, dilation, groups, epilogue, needs):
+    _check_one_device(x, grad, weight, result, winners)
     sizes = _conv_sizes(x, weight, stride, padding, dilation)
     made = (
         lambda: _like(x.shape, x),
@@ -160,6 +171,7 @@ def _(x, pooling, save):
 
 @torch.library.register_fake("neocog::pool_backward", lib=LIBRARY)
 def _(grad, winners, shape, pooling, channels_last):
+    _check_one_device(grad, winners)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=layout)
 
@@ -270,21 +282,3 @@ SPELLED_OUT: dict[Any, Callable[..., Tensor]] = {
     pool: _pool_in_pytorch,
 }
 """Operator -> its first result in PyTorch's own operators; the others are for its gradient."""
-
-
-def _decomposed(op: Any) -> Callable[..., tuple[Tensor, ...]]:
-    """An operator with all its results; without gradients nobody reads what it saves."""
-
-    def decomposed(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        saved = len(op._schema.returns) - 1
-        return SPELLED_OUT[op](x, *args), *(x.new_empty(0) for _ in range(saved))
-
-    return decomposed
-
-
-DECOMPOSED = {op: _decomposed(op) for op in SPELLED_OUT}
-"""Operator -> its results in PyTorch's own operators, for graphs without gradients."""
-
-for _op, _decomposition in DECOMPOSED.items():
-    # PyTorch's own table, which torch.onnx reads (2.13): it knows no operators of others.
-    torch._decomp.register_decomposition(_op)(_decomposition)
