@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import compiler, guard
 from .cpu import epilogue as ep
+from .cpu import forks
 from .cpu import pool as pool_kernels
 from .errors import InvalidProblem, Unsupported
 from .geometry import Window
@@ -32,6 +33,8 @@ from .problem import (
     check_shapes,
 )
 from .steps import read_step
+
+forks.open_in_child(Block)
 
 FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
 

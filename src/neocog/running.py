@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from . import choices
 from .capture import Captured
+from .cpu import forks
 from .execution import FORMATS, strides_prefer_channels_last
 from .fusion import fuse
 from .maps import NCHW, NHWC
@@ -46,7 +46,7 @@ class Plans(Generic[P]):
     def __init__(self) -> None:
         self._made: OrderedDict[Hashable, P | None] = OrderedDict()
         self._latest: tuple[Hashable, P | None] = (None, None)
-        self._lock = threading.RLock()  # callers in other threads may drop what is looked up here
+        self._lock = forks.lock()  # callers in other threads may drop what is looked up here
 
     def find(self, key: Hashable, make: Callable[[], P | None]) -> P | None:
         """What was made for ``key``, or ``make()``, which may say that there is none."""

@@ -22,7 +22,7 @@ import llvmlite.binding as llvm
 import torch
 
 from ..target import Target, host
-from . import code_cache
+from . import code_cache, forks
 from .lanes import Emitter
 
 CODEGEN_LEVEL = 2
@@ -156,26 +156,14 @@ def _libgomp() -> str | None:
     return ours[0] if ours else None
 
 
-_forked = False
-
-
-def _mark_forked() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)
-
-
 def thread_count() -> int:
     """Threads a program may use now: ``torch.get_num_threads()``, or 1 where it must be serial."""
-    return 1 if _forked or not openmp().parallel else torch.get_num_threads()
+    return 1 if forks.generation() or not openmp().parallel else torch.get_num_threads()
 
 
 def threading_note() -> str:
     """One line for ``neocog doctor``."""
-    if _forked:
+    if forks.generation():
         return "serial: this process was forked, and GNU OpenMP hangs in a forked child"
     if not openmp().parallel:
         return "serial: torch brings no GNU OpenMP here"
