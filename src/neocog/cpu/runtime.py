@@ -14,7 +14,9 @@ import functools
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -107,8 +109,45 @@ def compile_kernel(emitter: Emitter, fields: tuple[str, ...]) -> Kernel:
     return Kernel(emitter.name, fields, address, owner, code, lambda: text)
 
 
+STACK = 16 << 20
+"""Bytes of stack for compiling: emitters and LLVM recurse, in whatever thread asks for a kernel."""
+
+_deep = threading.local()
+_starting = forks.lock()
+
+
+def _on_deep_stack(work: Callable[[], Kernel]) -> Kernel:
+    """``work()``, in a thread of its own unless this is one with a deep stack already.
+
+    Threads may have as little as 64 KiB (``threading.stack_size``), and PyTorch lives there.
+    """
+    if threading.current_thread() is threading.main_thread() or hasattr(_deep, "here"):
+        return work()
+    result: Future[Kernel] = Future()
+
+    def run() -> None:
+        _deep.here = True
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="neocog-compile", daemon=True)
+    with _starting:  # the size is the whole process's
+        before = threading.stack_size(STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
+
+
 def cached(emit: Callable[..., Kernel], *args: Any) -> Kernel:
     """The kernel that ``emit(*args)`` compiles, from disk if it was compiled before."""
+    return _on_deep_stack(lambda: _cached(emit, *args))
+
+
+def _cached(emit: Callable[..., Kernel], *args: Any) -> Kernel:
     key = code_cache.key(emit, args, f"O{CODEGEN_LEVEL}")
     entry = None if key is None else code_cache.load(key)
     if entry is None:
