@@ -135,15 +135,18 @@ def _interruption() -> str | None:
     return None
 
 
-# Dynamo asks once, while it traces, and guards by itself on what is asked here.
-@torch.compiler.assume_constant_result
 def transformed() -> str | None:
     """The part of :func:`interrupted` that holds while torch.compile traces, too."""
-    if peek_interpreter_stack() is not None:
+    if _inside_transform():
         return "a transform of torch.func"
-    if forward_ad._current_level >= 0:
-        return "forward-mode differentiation"
-    return None
+    # Dynamo guards on this number: it traces again for tangents.
+    return "forward-mode differentiation" if forward_ad._current_level >= 0 else None
+
+
+# Dynamo asks once, while it traces, and guards on the stack of transforms by itself.
+@torch.compiler.assume_constant_result
+def _inside_transform() -> bool:
+    return peek_interpreter_stack() is not None
 
 
 def foreign_modes() -> list[object]:
