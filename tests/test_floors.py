@@ -30,7 +30,7 @@ FLOORS = {
     7: "execution handback ops running learned fully_connected learning",
     8: "functional nn freezing reports backend",
     9: (
-        "strokes images idx folders data "
+        "strokes images idx folders data changes "
         "files factories models checkpoint augmentation evaluation settings distribution batches "
         "training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
@@ -79,10 +79,10 @@ BESIDE = {
     "running": "execution",
     "backend": "freezing reports",
     "nn": "functional",
-    "images": "strokes",
-    "idx": "images",
-    "folders": "images",
-    "data": "strokes images idx folders",
+    "images": "files strokes",
+    "idx": "files images",
+    "folders": "files images",
+    "data": "files folders idx images strokes",
     "factories": "files",
     "models": "architectures",
     "checkpoint": "factories files models",
@@ -92,8 +92,10 @@ BESIDE = {
     "batches": "augmentation checkpoint data distribution",
     "training": "batches checkpoint data distribution evaluation models settings",
     "shifts": "checkpoint data evaluation",
+    "changes": "files folders idx images",
     "runs": (
-        "checkpoint data distribution evaluation files images models plots settings shifts training"
+        "changes checkpoint data distribution evaluation files images models plots settings shifts "
+        "training"
     ),
     "layers": "sight",
     "tracing": "layers sight",
@@ -193,7 +195,7 @@ def test_every_allowance_on_one_floor_is_needed():
 
 
 def test_the_imports_of_a_known_module_are_seen():
-    assert {"errors", "images", "idx", "folders", "strokes"} == imported_by("data")
+    assert {"errors", "files", "images", "idx", "folders", "strokes"} == imported_by("data")
     assert "cli" in imported_by("__main__")
 
 

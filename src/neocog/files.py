@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,6 +14,66 @@ import safetensors
 from torch import Tensor
 
 from .errors import InvalidModel
+
+KINDS = {
+    stat.S_IFDIR: "is a folder",
+    stat.S_IFIFO: "is a pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a character device",
+    stat.S_IFBLK: "is a block device",
+}
+"""What a path may be instead of a file, by the kinds of stat."""
+
+
+def not_a_file(path: Path | str) -> str | None:
+    """What keeps ``path`` from being read as a file ("is a pipe", "no such file"), None if nothing.
+
+    To be asked before it is opened: a pipe that nobody writes to is waited for without end, and
+    a device may never come to one. Links are followed.
+
+    Raises:
+        OSError: it cannot be told, for instance in a folder that may not be entered.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "is a link to a file that is not there" if os.path.islink(path) else "no such file"
+    except NotADirectoryError:
+        return "no such file"
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "is no regular file")
+
+
+def text_of(name: Path | str) -> str:
+    """A file's name as text, under whatever locale Python has read it.
+
+    Names are bytes to Linux, and UTF-8 almost everywhere. Python reads them by the locale's
+    encoding, ASCII under ``LC_ALL=C``, and what does not fit becomes lone surrogates, which no file
+    and no terminal takes. Bytes that are no UTF-8 either are written as ``\\xff``.
+    """
+    name = str(name)
+    try:
+        return os.fsencode(name).decode("utf-8")
+    except UnicodeError:  # as it stands, where the locale could read it: EUC-KR, for instance
+        return readable(name)
+
+
+def readable(text: str) -> str:
+    """``text`` with the lone surrogates that file names leave in it read as UTF-8."""
+
+    def decoded(run: re.Match[str]) -> str:
+        return run[0].encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+    return re.sub("[\udc80-\udcff]+", decoded, text)
+
+
+def path_of(text: str) -> str:
+    """The path that :func:`text_of` tells so, as Python spells it under this process's locale."""
+    if os.path.exists(text):
+        return text
+    try:
+        return os.fsdecode(text.encode("utf-8"))
+    except UnicodeError:
+        return text
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,8 +110,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     Raises:
         InvalidModel: there is no such file, or it is damaged or truncated.
     """
-    if not path.is_file():
-        raise InvalidModel(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    reason = not_a_file(path)
+    if reason is not None:
+        raise InvalidModel(f"{path}: {reason}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             # cloned, for the originals are windows into a file that may be replaced

@@ -82,7 +82,7 @@ def explain(
         str,
         typer.Argument(
             metavar="IMAGE",
-            help="A picture file, or test:N for a picture of the digits' test part.",
+            help="A picture file, or test:N, a test picture of MODEL's own data.",
         ),
     ],
     layer: Annotated[
@@ -147,7 +147,7 @@ def explain(
     path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
     check_out(path, [image, model, weights])
     given = open_model(model, weights, input)
-    picture = read_picture_for(image, given)
+    picture = read_picture_for(image, given, model)
     if layer is not None and channel is not None and at is not None:
         row, col = numbers("--at", at, "Y,X", 2)
         _print(model, image, given, picture, (layer, channel, (row, col)), show_all, as_json)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import NeocogError
+from .reading import StrictOption
 from .shared import JsonOption, ThreadsOption, print_json, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
@@ -107,6 +108,7 @@ def train(
             show_default="neocog",
         ),
     ] = None,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network on pictures, and a multilayer perceptron beside it to compare with.
@@ -129,9 +131,9 @@ def train(
             if resume is not None:
                 others = {"PATH": path, "device": device, "out": out, "size": size}
                 _refuse_beside_resume(resume, {**others, **given})
-                run, trainer = _resumed(resume, threads, group, view.notes)
+                run, trainer = _resumed(resume, threads, group, view.notes, strict)
             else:
-                source = (path, size)
+                source = (path, size, strict)
                 run, trainer = _begun(
                     source, given, device or "cpu", threads, group, out, view.notes
                 )
@@ -184,7 +186,7 @@ def _kept(run: Run, trainer: Trainer) -> int:
 
 
 def _begun(
-    where: tuple[Path | None, int | None],
+    where: tuple[Path | None, int | None, bool],
     given: dict[str, Any],
     device: str,
     threads: int | None,
@@ -202,9 +204,9 @@ def _begun(
     Settings(**given)
     chosen = choose_device(device)
     use_threads(group.threads() if threads is None else threads)
-    path, size = where
+    path, size, strict = where
     source = Source(None if path is None else str(path.absolute()), size)
-    found = source.load(given.get("seed", 0))
+    found = source.load(given.get("seed", 0), strict)
     note(found.notes)
     given.setdefault("architecture", f"32C3-P2-64C3-P2-{len(found.classes)}")
     trainer = Trainer(found, Settings(**given), preprocessing_of(found), chosen, group)
@@ -227,7 +229,9 @@ def _pages(run: Run, metrics: Mapping[str, Any], note: Any) -> list[Path]:
     return []
 
 
-def _resumed(folder: Path, threads: int | None, group: Group, note: Any) -> tuple[Run, Trainer]:
+def _resumed(
+    folder: Path, threads: int | None, group: Group, note: Any, strict: bool
+) -> tuple[Run, Trainer]:
     from ..runs import Run
 
     run: Run = group.from_first(Run.open(folder) if group.first else None)
@@ -241,7 +245,8 @@ def _resumed(folder: Path, threads: int | None, group: Group, note: Any) -> tupl
         note([f"begun with {count}: {otherwise}"])
     elif threads != run.threads:
         note([f"begun with --threads {run.threads}: {otherwise}"])
-    found = run.load_data()
+    found = run.load_data(strict)
+    note(found.notes)
     return run, run.resume(found, group)
 
 

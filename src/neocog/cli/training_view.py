@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..distribution import Group
 from ..models import weight_count
 from ..runs import Run
 from ..training import OnStep, Trainer
+from .given import word
 from .shared import BAR, bar, percent, program
 
 NAMES = {"cnn": "network", "mlp": "perceptron"}
@@ -106,10 +106,10 @@ class TrainingView:
             f"\nstopped; {epochs} of {run.settings.epochs} epochs are kept. Go on by"
         )
         called = program() if group.size == 1 else group.command
-        self._command(f"train --resume {shlex.quote(str(run.folder))}", called)
+        self._command(f"train --resume {word(run.folder)}", called)
 
     def results(self, run: Run, metrics: Mapping[str, Any], pages: Sequence[Path]) -> None:
-        """The accuracies, the shift table, what to type next and the pages to open."""
+        """The accuracies, the shift table, the pages to open; at last what to type next."""
         self.console.print()
         self.console.print(_accuracies(metrics))
         self.console.print()
@@ -119,14 +119,14 @@ class TrainingView:
         self.console.print(f"In {run.folder}:")
         files = sorted(path.name for path in run.folder.iterdir())
         self.console.print(Padding(", ".join(files), (0, 0, 0, 2)))
-        self.console.print("\nNext:")
-        for command in _next_commands(run.folder, metrics["examples"]):
-            self._command(command)
         if pages:
             self.console.print("\nOpen in a browser, and point at any number to see its origin:")
         for page in pages:
             link = Text(f"  {page}", style=f"bold link {page.absolute().as_uri()}")
             self.console.print(link, soft_wrap=True)
+        self.console.print("\nNext:")
+        for command in _next_commands(run.folder, metrics["examples"]):
+            self._command(command)
 
     def _command(self, arguments: str, called: str | None = None) -> None:
         # In one piece however narrow the terminal is, so that it can be copied.
@@ -199,10 +199,9 @@ def _shift_chart(shifted: Mapping[str, Mapping[str, float]], ascii_only: bool) -
 
 
 def _next_commands(folder: Path, examples: Mapping[str, str | None]) -> Iterator[str]:
-    run = shlex.quote(str(folder))
-    pictures = [shlex.quote(str(folder / name)) for name in examples.values() if name]
+    run = word(folder)
+    pictures = [word(folder / name) for name in examples.values() if name] or ["test:0"]
     yield f"evaluate {run}"
     yield f"summary {run}"
-    if pictures:
-        yield f"predict {run} {' '.join(pictures)}"
-        yield f"explain {run} {pictures[0]} --layer 1 --channel 0 --at 0,0"
+    yield f"predict {run} {' '.join(pictures)}"
+    yield f"explain {run} {pictures[0]} --layer 1 --channel 0 --at 0,0"
