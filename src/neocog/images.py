@@ -204,8 +204,8 @@ def open_picture(path: Path | str) -> tuple[Image.Image, list[str]]:
     Raises:
         InvalidData: naming the file and what is wrong with it.
     """
-    with _reading(path), Image.open(path) as file:
-        orientation = _orientation(file)  # asked first, for Pillow turns a TIFF as it loads it
+    with _opened(path) as file:
+        orientation = _orientation(file)  # asked first, for a TIFF is turned as it is loaded
         file.load()
         notes: list[str] = []
         if getattr(file, "n_frames", 1) > 1:
@@ -215,7 +215,8 @@ def open_picture(path: Path | str) -> tuple[Image.Image, list[str]]:
             return _plain(file, notes), notes
         if orientation != 1:
             notes.append("turned upright as its EXIF orientation says")
-        return _plain(ImageOps.exif_transpose(file), notes), notes
+        is_turned = file.format == "TIFF"
+        return _plain(file if is_turned else ImageOps.exif_transpose(file), notes), notes
 
 
 def probe(path: Path | str) -> tuple[Size, bool]:
@@ -226,7 +227,7 @@ def probe(path: Path | str) -> tuple[Size, bool]:
     Raises:
         InvalidData: naming the file and what is wrong with it.
     """
-    with _reading(path), Image.open(path) as file:
+    with _opened(path) as file:
         height, width = file.height, file.width
         # Four orientations exchange rows and columns; of a TIFF, Pillow tells the size upright.
         if (_orientation(file) or 1) >= 5 and file.format != "TIFF":
@@ -248,17 +249,20 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
 
 
 @contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turns whatever goes wrong while a picture is read into one line that names the file."""
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """A picture file; whatever goes wrong with it becomes one line that names the file."""
     try:
         reason = not_a_file(path)
         if reason is not None:
             expected = "" if reason == "no such file" else ", expected a picture"
             raise InvalidData(reason + expected)
-        with warnings.catch_warnings():
+        # Not by its name: then Pillow maps it into memory where it can, and mixes up the rows and
+        # columns of a TIFF that lies on its side.
+        with warnings.catch_warnings(), open(path, "rb") as data:
             # Pillow warns of metadata it passes over; of the picture itself it raises.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            yield
+            with Image.open(data) as file:
+                yield file
     # Given damaged bytes, Pillow's decoders raise a dozen types, from SyntaxError to zlib.error.
     except Exception as error:
         raise InvalidData(f"{text_of(path)}: {_said(error, path)}") from error

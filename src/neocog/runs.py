@@ -48,11 +48,11 @@ FILES = {"cnn": BEST, "mlp": "mlp.safetensors"}
 
 
 class Changed(InvalidData):
-    """The pictures are not those that a run was trained on; ``path`` is where they lie."""
+    """The pictures are not those that a run was trained on; ``found`` are those there are now."""
 
-    def __init__(self, message: str, path: str | None) -> None:
+    def __init__(self, message: str, found: DataSet) -> None:
         super().__init__(message)
-        self.path = path
+        self.found = found
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,7 @@ class Run:
             what = self.changes() or self._changes_to(found)
             where = text_of(self.source.path or found.name)
             raise Changed(
-                f"{where}: not the pictures that {self.folder} was trained on: {what}",
-                self.source.path,
+                f"{where}: not the pictures that {self.folder} was trained on: {what}", found
             )
         return found
 

@@ -189,17 +189,11 @@ def own_data(model: str, loaded: LoadedModel, before: str = "", strict: bool = F
         InvalidData: the pictures cannot be read, or are not known; begins with ``before``.
     """
     from .. import data
-    from ..runs import Changed, Run
+    from ..runs import Run
 
     run = Run.of(model)
     if run is not None:
-        try:
-            return run.load_data(strict)
-        except Changed as error:
-            command = f"{program()} evaluate {word(model)} {word(error.path or '')}"
-            raise Changed(
-                f"{error}; to judge the network by what is there now: {command}", error.path
-            ) from None
+        return run.load_data(strict)
     digits = data.load()
     known = loaded.architecture is not None and loaded.classes
     if known and not (loaded.preprocessing.digit_like and loaded.classes == digits.classes):

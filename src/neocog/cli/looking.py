@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidProblem
+from ..files import readable, text_of
 from .given import (
     Given,
     InputOption,
@@ -156,10 +157,10 @@ def explain(
     from ..web.payload import About
 
     about = About(
-        model=model,
-        image=image,
+        model=text_of(model),
+        image=text_of(image),
         notes=picture.notes,
-        command=serve_command(model, image, weights, input),
+        command=readable(serve_command(model, image, weights, input)),
         classes=given.loaded.classes or None,
         truth=picture.truth,
     )

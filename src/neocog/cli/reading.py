@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidData, InvalidModel
-from .given import is_test_picture, own_data, some, test_number
-from .shared import JsonOption, ThreadsOption, print_json, use_threads
+from .given import is_test_picture, own_data, some, test_number, word
+from .shared import JsonOption, ThreadsOption, print_json, program, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from torch import Tensor
 
     from ..checkpoint import LoadedModel
-    from ..data import DataSet
+    from ..data import DataSet, Split
     from ..images import PreparedPicture
 
 ModelArgument = Annotated[
@@ -73,16 +73,14 @@ def evaluate(
     found, notes = _test_data(model, path, loaded, strict)
     answers = _answers(loaded, found.test.images[:1])
     if answers.shape[1] != len(found.classes):
+        new = [name for name in found.classes if name not in loaded.classes]
+        more = f"; {some(new)} is none of the network's" if loaded.classes and new else ""
         raise InvalidModel(
             f"{loaded.source}: tells {answers.shape[1]} classes apart, {found.name} has "
-            f"{len(found.classes)} ({some(found.classes)})"
+            f"{len(found.classes)} ({some(found.classes)}){more}"
         )
-    if loaded.classes and loaded.classes != tuple(found.classes):
-        notes.append(
-            f"the classes of the network ({some(loaded.classes)}) and of {found.name} "
-            f"({some(found.classes)}) are taken for the same, in this order"
-        )
-    result = judge(loaded.model, found.test, loaded.preprocessing, found.classes)
+    test, classes = _aligned(loaded.classes, found, notes)
+    result = judge(loaded.model, test, loaded.preprocessing, classes)
     if as_json:
         about = {"model": loaded.source, "data": found.name, "notes": notes}
         print_json({**about, **result.to_dict()})
@@ -161,11 +159,7 @@ def _read_all(
     """Each picture by its name, in order; what cannot be read as the line that says why."""
     from ..images import PreparedPicture, expand, read_picture
 
-    channels, height, width = in_shape
-    if channels not in (1, 3):
-        raise InvalidModel(
-            f"{loaded.source}: takes {channels} channels, pictures give 1 (grey) or 3 (colour)"
-        )
+    channels, height, width = _of_pictures(in_shape, loaded)
     how = loaded.preprocessing
     own: DataSet | None = None
     found: list[tuple[str, PreparedPicture | str]] = []
@@ -195,6 +189,15 @@ def _read_all(
     return found
 
 
+def _of_pictures(in_shape: tuple[int, int, int], loaded: LoadedModel) -> tuple[int, int, int]:
+    """``in_shape``; InvalidModel if no picture has so many channels."""
+    if in_shape[0] not in (1, 3):
+        raise InvalidModel(
+            f"{loaded.source}: takes {in_shape[0]} channels, pictures give 1 (grey) or 3 (colour)"
+        )
+    return in_shape
+
+
 def _fitting(found: DataSet, in_shape: tuple[int, int, int], argument: str) -> DataSet:
     if found.in_shape != in_shape:
         shapes = ["x".join(map(str, shape)) for shape in (found.in_shape, in_shape)]
@@ -209,31 +212,67 @@ def _test_data(
 ) -> tuple[DataSet, list[str]]:
     """The data to judge a model by, in the shape that it takes, and what is to be said of it."""
     from .. import data
-    from ..runs import Run
+    from ..runs import Changed, Run
 
+    run = Run.of(model)
+    if loaded.in_shape is not None:
+        _of_pictures(loaded.in_shape, loaded)
     if path is None:
-        found = own_data(model, loaded, strict=strict)
+        try:
+            found = own_data(model, loaded, strict=strict)
+        except Changed as error:
+            own = None if run is None else run.source.path
+            if own is None or len(error.found.classes) != len(loaded.classes):
+                raise
+            command = f"{program()} evaluate {word(model)} {word(own)}"
+            raise InvalidData(f"{error}; to judge it by these all the same: {command}") from error
         return found, list(found.notes)
     if loaded.in_shape is None:
         found = data.load(path, strict=strict)
         return found, list(found.notes)
     channels, height, width = loaded.in_shape
-    if channels not in (1, 3):
-        raise InvalidModel(
-            f"{loaded.source}: takes {channels} channels, pictures give 1 (grey) or 3 (colour)"
-        )
     found = data.load(path, size=(height, width), colour=channels == 3, strict=strict)
     notes = list(found.notes)
-    run = Run.of(model)
     own = None if run is None else run.source.path
     if run is not None and own is not None and Path(own).exists() and path.samefile(own):
         changes = run.changes()
         if changes:
             notes.append(
-                f"since {run.folder} was trained: {changes}. Pictures that it was trained on may "
-                "be among the test pictures"
+                f"since {run.folder} was trained: {changes}. It may have been trained on some of "
+                "the test pictures"
             )
     return found, notes
+
+
+def _aligned(
+    known: tuple[str, ...], found: DataSet, notes: list[str]
+) -> tuple[Split, tuple[str, ...]]:
+    """The test part with the labels that the network has learned, and the names of its classes.
+
+    A class that the network knows by name is that one. Those left over are taken for one another
+    in their order, and that is noted.
+    """
+    import torch
+
+    from ..data import Split
+
+    classes = found.classes
+    if known == classes or len(set(known)) != len(classes):
+        return found.test, classes
+    left = [name for name in known if name not in classes]
+    others = [name for name in classes if name not in known]
+    taken = dict(zip(others, left, strict=True))
+    if others:
+        notes.append(
+            f"the classes of {found.name} ({some(others)}) are taken for those of the network "
+            f"({some(left)}), in this order"
+        )
+    label = torch.tensor([known.index(taken.get(name, name)) for name in classes])
+    names = {mine: theirs for theirs, mine in taken.items()}
+    return (
+        Split(found.test.images, label[found.test.labels]),
+        tuple(names.get(name, name) for name in known),
+    )
 
 
 def _answers(loaded: LoadedModel, images: Tensor) -> Tensor:

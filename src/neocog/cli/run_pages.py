@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_model
-from ..files import path_of
+from ..files import path_of, readable, text_of
 from ..runs import Run
 from ..web.page import make_page
 from ..web.payload import About
@@ -29,10 +29,10 @@ def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
             continue
         picture = read_picture_for(str(image), Given(loaded, loaded.in_shape), str(run.folder))
         about = About(
-            model=str(run.folder),
+            model=text_of(run.folder),
             image=name,
             notes=picture.notes,
-            command=serve_command(str(run.folder), str(image)),
+            command=readable(serve_command(str(run.folder), str(image))),
             classes=loaded.classes,
             truth=metrics["example_classes"][kind],
         )

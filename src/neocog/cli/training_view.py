@@ -39,7 +39,7 @@ class TrainingView:
     def notes(self, notes: Iterable[str]) -> None:
         """What was done to the data."""
         for note in notes:
-            self.console.print(Text(f"note: {note}", style="dim"))
+            self.console.print(Text(f"note: {note}", style="dim"), soft_wrap=True)
 
     def begin(self, run: Run, trainer: Trainer) -> None:
         """What is about to be trained, and where."""
