@@ -9,11 +9,14 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
-from torch import Tensor
 
 from .errors import InvalidModel
+
+if TYPE_CHECKING:  # torch takes a second or two to import, and names of files do without
+    from torch import Tensor
 
 KINDS = {
     stat.S_IFDIR: "is a folder",

@@ -167,13 +167,12 @@ class Run:
             what = self.changes()
             if not what:
                 raise
-            raise InvalidData(f"{error} (since {self.folder} was begun: {what})") from error
+            since = f"since {text_of(self.folder)} was begun"
+            raise InvalidData(f"{error} ({since}: {what})") from error
         if fingerprint(found) != self.fingerprint:
             what = self.changes() or self._changes_to(found)
-            where = text_of(self.source.path or found.name)
-            raise Changed(
-                f"{where}: not the pictures that {self.folder} was trained on: {what}", found
-            )
+            where, run = text_of(self.source.path or found.name), text_of(self.folder)
+            raise Changed(f"{where}: not the pictures that {run} was trained on: {what}", found)
         return found
 
     def changes(self) -> str:

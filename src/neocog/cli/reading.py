@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidData, InvalidModel
+from ..files import readable, text_of
 from .given import is_test_picture, own_data, some, test_number, word
 from .shared import JsonOption, ThreadsOption, print_json, program, use_threads
 
@@ -224,7 +225,7 @@ def _test_data(
             own = None if run is None else run.source.path
             if own is None or len(error.found.classes) != len(loaded.classes):
                 raise
-            command = f"{program()} evaluate {word(model)} {word(own)}"
+            command = readable(f"{program()} evaluate {word(model)} {word(own)}")
             raise InvalidData(f"{error}; to judge it by these all the same: {command}") from error
         return found, list(found.notes)
     if loaded.in_shape is None:
@@ -238,8 +239,8 @@ def _test_data(
         changes = run.changes()
         if changes:
             notes.append(
-                f"since {run.folder} was trained: {changes}. It may have been trained on some of "
-                "the test pictures"
+                f"since {text_of(run.folder)} was trained: {changes}. It may have been trained on "
+                "some of the test pictures"
             )
     return found, notes
 
