@@ -134,7 +134,9 @@ class Run:
             return Run(
                 folder,
                 Source(
-                    None if config["data"]["path"] is None else path_of(config["data"]["path"]),
+                    None
+                    if config["data"]["path"] is None
+                    else path_of(str(config["data"]["path"])),
                     config["data"]["size"],
                 ),
                 # A run from before there were engines goes on as it began.
@@ -181,8 +183,8 @@ class Run:
         try:
             before = json.loads((self.folder / PICTURES).read_text(encoding="utf-8"))
             return "; ".join(compared(before, listing(self.source.path)))
-        except (OSError, ValueError, TypeError, AttributeError):  # a run from before there was one
-            return ""
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            return ""  # a run from before there was such a file, or what is in it is none
 
     def _changes_to(self, found: DataSet) -> str:
         """What config.json and the pictures themselves tell, where the files do not."""

@@ -215,13 +215,13 @@ def _test_data(
     from .. import data
     from ..runs import Changed, Run
 
-    run = Run.of(model)
     if loaded.in_shape is not None:
         _of_pictures(loaded.in_shape, loaded)
     if path is None:
         try:
             found = own_data(model, loaded, strict=strict)
         except Changed as error:
+            run = Run.of(model)
             own = None if run is None else run.source.path
             if own is None or len(error.found.classes) != len(loaded.classes):
                 raise
@@ -234,15 +234,27 @@ def _test_data(
     channels, height, width = loaded.in_shape
     found = data.load(path, size=(height, width), colour=channels == 3, strict=strict)
     notes = list(found.notes)
+    return found, notes + _changed(model, path)
+
+
+def _changed(model: str, path: Path) -> list[str]:
+    """A note if ``path`` holds what a run was trained on, and has changed since."""
+    from ..runs import Run
+
+    try:
+        run = Run.of(model)
+    except InvalidModel:  # the network has been read; about its pictures nothing is known
+        return []
     own = None if run is None else run.source.path
-    if run is not None and own is not None and Path(own).exists() and path.samefile(own):
-        changes = run.changes()
-        if changes:
-            notes.append(
-                f"since {text_of(run.folder)} was trained: {changes}. It may have been trained on "
-                "some of the test pictures"
-            )
-    return found, notes
+    if run is None or own is None or not (Path(own).exists() and path.samefile(own)):
+        return []
+    changes = run.changes()
+    if not changes:
+        return []
+    return [
+        f"since {text_of(run.folder)} was trained: {changes}. It may have been trained on some of "
+        "the test pictures"
+    ]
 
 
 def _aligned(
