@@ -64,8 +64,8 @@ check: install
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 bench: install
-	$(BIN)/neocog bench --blocks --json benchmarks/blocks.json
-	$(BIN)/neocog bench --network --json benchmarks/network.json
+	$(BIN)/neocog bench --blocks --force --json benchmarks/blocks.json
+	$(BIN)/neocog bench --network --force --json benchmarks/network.json
 	$(BIN)/python benchmarks/contract.py --json benchmarks/contract.json
 
 peers: $(PEERS)/.installed
@@ -76,12 +76,12 @@ $(PEERS)/.installed: benchmarks/peers.txt pyproject.toml | $(BIN)/python
 	@touch $@
 
 race: install peers
-	$(BIN)/neocog bench --networks --peers $(PEERS)/bin/python \
+	$(BIN)/neocog bench --networks --force --peers $(PEERS)/bin/python \
 	  --json benchmarks/networks.json --plot benchmarks/networks.png
 
 # Its engines are PyTorch's own: it needs no peers. Inductor needs a C++ compiler.
 training-race: install
-	$(BIN)/neocog bench --training --threads 1,2 \
+	$(BIN)/neocog bench --training --force --threads 1,2 \
 	  --json benchmarks/training.json --plot benchmarks/training.png
 
 clean:

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "neocog"
 
 # A name stands for a module, or for a package with all that is in it.
 FLOORS = {
-    0: "geometry errors",
+    0: "geometry errors foreign",
     1: "dtypes activations reductions",
     2: "steps problem",
     3: "reference network",
@@ -35,7 +35,7 @@ FLOORS = {
         "training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
         "layer_times answering contenders race training_contenders training_race "
-        "interchange exporting"
+        "interchange exporting locks headers"
     ),
     10: "web cli __main__",
 }
@@ -85,7 +85,7 @@ BESIDE = {
     "data": "strokes images idx folders",
     "factories": "files",
     "models": "architectures",
-    "checkpoint": "factories files models",
+    "checkpoint": "factories files headers models",
     "exporting": "checkpoint files interchange",
     "evaluation": "checkpoint data",
     "settings": "augmentation models",
@@ -93,7 +93,8 @@ BESIDE = {
     "training": "batches checkpoint data distribution evaluation models settings",
     "shifts": "checkpoint data evaluation",
     "runs": (
-        "checkpoint data distribution evaluation files images models plots settings shifts training"
+        "checkpoint data distribution evaluation files headers images locks models plots settings "
+        "shifts training"
     ),
     "layers": "sight",
     "tracing": "layers sight",

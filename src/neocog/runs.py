@@ -15,11 +15,12 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -36,6 +37,9 @@ from .distribution import Group
 from .errors import InvalidData, InvalidModel
 from .evaluation import evaluate, logits
 from .files import remove_leftovers, write_atomically
+from .foreign import as_json
+from .headers import read_object
+from .locks import locked
 from .settings import InvalidSetting, Settings, choose_device, engine_on
 from .training import Trainer, time_shares
 
@@ -117,7 +121,7 @@ class Run:
         if not path.is_file():
             raise InvalidModel(f"{folder}: not a run directory, it holds no {CONFIG}")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_object(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise ValueError(f"format {config['format']!r}, this neocog reads {FORMAT}")
             return Run(
@@ -130,8 +134,12 @@ class Run:
                 str(config["data"]["fingerprint"]),
                 int(config.get("workers", 1)),
             )
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise InvalidModel(f"{path}: cannot be read: {error}") from error
+
+    def locked(self, note: Callable[[str], object]) -> AbstractContextManager[None]:
+        """Keeps other processes from training this run, see :func:`neocog.locks.locked`."""
+        return locked(self.folder / CONFIG, note)
 
     def load_data(self) -> DataSet:
         """The pictures of the run; InvalidData if they are not the ones it began with."""
@@ -301,7 +309,7 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, indented, in one piece; OSError if it cannot."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (as_json(value) + "\n").encode())
 
 
 def _new_folder(name: str, out: Path | None) -> tuple[Path, bool]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidData, InvalidProblem, NeocogError
+from ..foreign import quoted
 from .shared import program
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
@@ -175,8 +175,8 @@ def serve_command(
     model: str, image: str, weights: Path | None = None, size: str | None = None
 ) -> str:
     """What to type for the page of a picture with all its numbers."""
-    words = [program(), "explain", shlex.quote(model), shlex.quote(image)]
-    words += [] if weights is None else ["--weights", shlex.quote(str(weights))]
+    words = [program(), "explain", quoted(model), quoted(image)]
+    words += [] if weights is None else ["--weights", quoted(str(weights))]
     words += [] if size is None else ["--input", size]
     return " ".join([*words, "--serve"])
 

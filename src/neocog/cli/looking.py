@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidProblem
+from ..foreign import shown
 from .given import (
     Given,
     InputOption,
@@ -23,7 +24,7 @@ from .given import (
     serve_command,
 )
 from .reading import WeightsOption
-from .shared import JsonOption, print_json
+from .shared import ForceOption, JsonOption, check_new, print_json, say
 
 if TYPE_CHECKING:
     from ..web.page import Page
@@ -49,13 +50,13 @@ def summary(
     of a fully connected layer between the same shapes. A network that cannot take its input is
     listed up to the layer that fails.
     """
-    from rich.console import Console
     from rich.text import Text
 
     from ..layers import describe_as_far_as_it_goes, size_text
     from ..models import weight_count
     from .looking_json import summary_json
     from .summary_view import summary_view
+    from .terminal import SafeConsole
 
     given = open_model(model, weights, input)
     walked = describe_as_far_as_it_goes(given.loaded.model, given.in_shape)
@@ -66,7 +67,7 @@ def summary(
     if as_json:
         print_json(summary_json(model, given.in_shape, walked.layers, parameters))
         return
-    console = Console(highlight=False)
+    console = SafeConsole()
     source = given.loaded.source
     console.print(Text.assemble((source, "bold"), f" on an input of {size_text(given.in_shape)}"))
     console.print()
@@ -105,6 +106,7 @@ def explain(
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page.", show_default="<IMAGE>.html"),
     ] = None,
+    force: ForceOption = False,
     layers: Annotated[
         str | None,
         typer.Option("--layers", metavar="L,L", help="Layers whose exact numbers come first."),
@@ -146,6 +148,8 @@ def explain(
         raise InvalidProblem("--serve goes with neither --json nor --layer, --channel and --at")
     path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
     check_out(path, [image, model, weights])
+    if not serve and missing:
+        check_new(path, force)
     given = open_model(model, weights, input)
     picture = read_picture_for(image, given)
     if layer is not None and channel is not None and at is not None:
@@ -198,12 +202,12 @@ def _print(
     as_json: bool,
 ) -> None:
     """One number, on the terminal."""
-    from rich.console import Console
     from rich.text import Text
 
     from ..tracing import explain_value
     from .explain_view import Look, explain_view
     from .looking_json import explanation_json
+    from .terminal import SafeConsole
 
     layer, channel, at = place
     wanted = int(layer) if layer.isdecimal() else layer
@@ -211,13 +215,13 @@ def _print(
     if as_json:
         print_json(explanation_json(model, image, picture.notes, found))
     else:
-        console = Console(highlight=False)
+        console = SafeConsole()
         for note in picture.notes:
-            console.print(Text(f"note: {note}", style="dim"))
+            console.print(Text(f"note: {shown(note)}", style="dim"))
         padding = "." if console.options.ascii_only else "·"
         console.print(explain_view(found, Look(console.width, show_all, padding)))
     if not found.matches:
-        typer.echo(
+        say(
             f"the explanation gives {found.explained:.9g} but the network {found.network:.9g}: "
             f"they differ by {found.difference:.1e}, at most {found.allowed:.1e} is rounding",
             err=True,
@@ -227,25 +231,25 @@ def _print(
 
 def _say(page: Page, path: Path) -> None:
     """Where the page is, and what it holds."""
-    typer.echo(f"{path}  ({path.stat().st_size / MEGA:.1f} MB)")
+    say(f"{shown(path)}  ({path.stat().st_size / MEGA:.1f} MB)")
     pictures = [name for name, exact in page.layers() if not exact]
     if pictures:
-        shown = ", ".join(pictures[:4]) + (f" and {len(pictures) - 4} more" if pictures[4:] else "")
-        typer.echo(f"pictures only, without exact numbers: {shown}")
-        typer.echo(f"for all numbers: {page.data['command']}")
+        first = ", ".join(pictures[:4]) + (f" and {len(pictures) - 4} more" if pictures[4:] else "")
+        say(f"pictures only, without exact numbers: {shown(first)}")
+        say(f"for all numbers: {page.data['command']}")
 
 
 def _serve(page: Page, port: int, browse: bool) -> None:
     from ..web.server import Server
 
     with Server(page, port) as server:
-        typer.echo(f"{server.url}  (Ctrl-C stops)")
+        say(f"{server.url}  (Ctrl-C stops)")
         if browse:
             typer.launch(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("")
+            say("")
 
 
 def _on_desktop() -> bool:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..evaluation import Evaluation
+from ..foreign import all_shown
 from .shared import bar, percent
+from .terminal import SafeConsole
 
 MATRIX = 20
 """Up to so many classes the confusion matrix is drawn; beyond, its largest entries are listed."""
@@ -19,7 +20,8 @@ MATRIX = 20
 
 def print_evaluation(source: str, name: str, notes: Sequence[str], result: Evaluation) -> None:
     """Accuracy, a table by class and the confusion matrix."""
-    console = Console(highlight=False)
+    source, name, notes, result = all_shown((source, name, notes, result))
+    console = SafeConsole()
     for note in notes:
         console.print(Text(f"note: {note}", style="dim"))
     right = round(result.accuracy * result.count)
@@ -51,7 +53,8 @@ class Prediction:
 
 def print_predictions(predictions: Sequence[Prediction]) -> None:
     """Each picture with its notes and its likeliest classes."""
-    console = Console(highlight=False)
+    predictions = all_shown(list(predictions))
+    console = SafeConsole()
     width = max(len(name) for prediction in predictions for name, _ in prediction.top)
     for prediction in predictions:
         console.print(Text(prediction.path, style="bold"), soft_wrap=True)
