@@ -35,7 +35,8 @@ FLOORS = {
         "training shifts plots runs "
         "sight layers tracing scenes benchmark network_benchmark diagnosis architectures "
         "layer_times answering contenders race training_contenders training_race "
-        "interchange exporting locks headers"
+        "interchange exporting locks headers "
+        "plain_pools ownership given_inputs layer_words"
     ),
     10: "web cli __main__",
 }
@@ -87,6 +88,8 @@ BESIDE = {
     "models": "architectures",
     "checkpoint": "factories files headers models",
     "exporting": "checkpoint files interchange",
+    "interchange": "plain_pools",
+    "given_inputs": "headers sight",
     "evaluation": "checkpoint data",
     "settings": "augmentation models",
     "batches": "augmentation checkpoint data distribution",
@@ -96,9 +99,9 @@ BESIDE = {
         "checkpoint data distribution evaluation files headers images locks models plots settings "
         "shifts training"
     ),
-    "layers": "sight",
-    "tracing": "layers sight",
-    "scenes": "layers sight",
+    "layers": "given_inputs layer_words ownership sight",
+    "tracing": "layer_words layers sight",
+    "scenes": "layer_words layers sight",
     "network_benchmark": "architectures models benchmark",
     "answering": "benchmark",
     "contenders": "answering architectures",

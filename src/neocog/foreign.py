@@ -56,12 +56,12 @@ def all_shown(value: Value) -> Value:
     return found
 
 
-def as_json(value: Any) -> str:
-    """A value as indented JSON that reads back the same; ValueError for NaN, which JSON has not.
+def as_json(value: Any, indent: int | None = 2) -> str:
+    """A value as JSON that reads back the same; ValueError for NaN, which JSON has not.
 
     What would be obeyed stands there as JSON's own escapes.
     """
-    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+    text = json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
     return _UNUSUAL.sub(lambda found: _in_json(found[0]), text)
 
 

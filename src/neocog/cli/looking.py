@@ -31,6 +31,16 @@ if TYPE_CHECKING:
 
 MEGA = 1_000_000
 
+InputsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME=]SIZES[:TYPE]",
+        help="A tensor that MODEL takes, as 3,224,224 or ids=12:int64; several: see above.",
+        show_default="what MODEL takes, 1,28,28 for layers",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Adds both commands to the command line."""
@@ -41,7 +51,7 @@ def register(app: typer.Typer) -> None:
 def summary(
     model: ModelArgument,
     weights: WeightsOption = None,
-    input: InputOption = None,
+    input: InputsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List a network layer by layer: sizes, weights, work and receptive fields.
@@ -49,30 +59,45 @@ def summary(
     For each convolution and pool the size formula with its numbers, and the weights beside those
     of a fully connected layer between the same shapes. A network that cannot take its input is
     listed up to the layer that fails.
+
+    --input is given once for each tensor that MODEL takes, without the batch: 3,224,224 goes by
+    position; image=3,224,224 is the argument of that name; ids=12:int64 has another type than the
+    weights; batch.ids=12:int64 is the entry ids of a dictionary, the argument batch.
     """
     from rich.text import Text
 
-    from ..layers import describe_as_far_as_it_goes, size_text
+    from ..factories import is_factory
+    from ..given_inputs import InputSpec
+    from ..layers import describe_as_far_as_it_goes
     from ..models import weight_count
     from .looking_json import summary_json
     from .summary_view import summary_view
     from .terminal import SafeConsole
 
-    given = open_model(model, weights, input)
-    walked = describe_as_far_as_it_goes(given.loaded.model, given.in_shape)
+    specs = [InputSpec.parse(text) for text in input or ()]
+    if is_factory(model):
+        given = open_model(model, weights, "1,1,1" if specs else None)  # it may take anything
+    elif len(specs) > 1:
+        raise InvalidProblem(f"--input {specs[1]}: {model} takes one picture, expected one C,H,W")
+    else:
+        given = open_model(model, weights, input[0] if input else None)
+        specs = []
+    specs = specs or [InputSpec(given.in_shape)]
+    walked = describe_as_far_as_it_goes(given.loaded.model, *specs)
     error = walked.error or given.error
     parameters = weight_count(given.loaded.model)
     if error is not None and (as_json or not walked.layers):
         raise error
     if as_json:
-        print_json(summary_json(model, given.in_shape, walked.layers, parameters))
+        print_json(summary_json(model, specs, walked, parameters))
         return
     console = SafeConsole()
     source = given.loaded.source
-    console.print(Text.assemble((source, "bold"), f" on an input of {size_text(given.in_shape)}"))
+    on = f"an input of {specs[0]}" if len(specs) == 1 else ", ".join(map(str, specs))
+    console.print(Text.assemble((shown(source), "bold"), f" on {on}"))
     console.print()
     counted = parameters if error is None else None
-    console.print(summary_view(walked.layers, given.in_shape, counted))
+    console.print(summary_view(walked, specs, counted))
     if error is not None:
         raise error
 
