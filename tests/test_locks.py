@@ -127,7 +127,7 @@ def test_a_running_run_is_not_resumed_and_a_killed_one_blocks_nobody(bars, workp
     )
     try:
         assert process.stdout is not None
-        while "epoch 1" not in process.stdout.readline():
+        while not process.stdout.readline().startswith("epoch "):
             assert process.poll() is None
         assert "is being trained by another process" in refused("--resume", "run")
         os.kill(process.pid, signal.SIGKILL)
