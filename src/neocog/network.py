@@ -143,8 +143,9 @@ class Layer:
     bias: str | None = None
     norm: Norm | Constants | None = None
     averaged: int = 0
-    """How many terms the sums have at least in which its values reach what is returned: these
-    average its rounding errors. 0 if they are returned through pools and pointwise passes alone."""
+    """How many terms the sums have at least in which later layers take its values, if a vector for
+    each picture is what they are for: such sums average its rounding errors. 0 if its values, or
+    those of a map made from them, are returned: each of these shows what there is of errors."""
 
 
 @dataclass(frozen=True)
