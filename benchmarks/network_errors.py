@@ -4,13 +4,13 @@
 
 The networks are those of the race, and three shapes that others build: a U-Net, the decoder of a
 variational autoencoder, and a feature pyramid on ResNet-18. Weights are random, as PyTorch or
-``neocog.architectures`` makes them. Batch norms come with statistics in two ways: "fresh", those of
-a new model (mean 0, variance 1), and "seen", taken from pictures like the one that is then asked
-about. Pictures are noise, one at a time, of 64 to 256 pixels; every case is tried with several seeds.
+``neocog.architectures`` makes them. Batch norms come with statistics in two ways: "fresh", those
+of a new model (mean 0, variance 1), and "seen", taken from pictures like the one that is then
+asked about. Pictures are noise, one at a time, of 64 to 256 pixels, tried with several seeds.
 
 The error is the largest difference of a result from that in float64, over the latter's largest
-value; of several results, the worst. It shall be at most max(3e-6, 4 x eager's): "share" is how much
-of that it takes.
+value; of several results, the worst. It shall be at most max(3e-6, 4 x eager's): "share" is how
+much of that it takes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from torch import Tensor, nn
 
 import neocog
 from neocog.architectures import ARCHITECTURES, randomise_batch_norms
+from neocog.diagnosis import cpu_name
 
 LIMIT, RATIO = 3e-6, 4.0
 """What an error may be, and how many times eager's, whichever is more."""
@@ -214,14 +214,6 @@ def cases(text: str) -> Iterator[tuple[Subject, int, str]]:
             yield from ((subject, size, way) for size in subject.sizes for way in ways)
 
 
-def processor() -> str:
-    """The processor's name, as the system tells it."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text().splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return next(iter(names), platform.processor())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
@@ -239,7 +231,7 @@ def main() -> None:
         rows += found
     if options.json is not None:
         command = f"python benchmarks/network_errors.py --json FILE --seeds {options.seeds}"
-        about = {"command": command, "processor": processor(), "torch": torch.__version__}
+        about = {"command": command, "processor": cpu_name(), "torch": torch.__version__}
         text = json.dumps({**about, "limit": [LIMIT, RATIO], "rows": rows}, indent=1)
         options.json.write_text(text + "\n")
 
