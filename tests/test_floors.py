@@ -22,7 +22,7 @@ FLOORS = {
     4: "target",
     5: "cpu",
     6: (
-        "lifetimes memory program kernels maps pools convolutions depthwise_gradients "
+        "lifetimes memory program kernels maps pools convolutions strided depthwise_gradients "
         "weight_gradients compiler winograd_steps winograd_gradients choices bands layer_calls "
         "capture fusion stages partition parameters tuning norm_steps training_calls "
         "training_fusion kept training_steps training_forward training_backward"
@@ -48,12 +48,13 @@ BESIDE = {
     "maps": "kernels program",
     "pools": "kernels maps program",
     "convolutions": "kernels maps program",
+    "strided": "convolutions kernels maps program",
     "depthwise_gradients": "convolutions kernels maps program",
     "winograd_gradients": "kernels maps program winograd_steps",
     "weight_gradients": (
         "convolutions depthwise_gradients kernels maps program winograd_gradients"
     ),
-    "compiler": "convolutions maps pools program weight_gradients",
+    "compiler": "convolutions maps pools program strided weight_gradients",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
     "choices": "convolutions maps program winograd_steps",
@@ -71,8 +72,8 @@ BESIDE = {
     ),
     "training_forward": "choices convolutions fusion kept maps norm_steps pools program "
     "training_steps",
-    "training_backward": "convolutions kept maps norm_steps pools program training_steps "
-    "weight_gradients",
+    "training_backward": "convolutions kept maps norm_steps pools program strided "
+    "training_steps weight_gradients",
     "learned": "execution handback",
     "learning": "fully_connected learned",
     "ops": "execution handback",

@@ -18,7 +18,7 @@ from .cpu.ahead import LARGE
 from .cpu.tiling import Reads, all_sizes, best_blocks, cover, even_sizes, most_pixels
 from .geometry import Phase
 from .kernels import copy_kernel, kernel
-from .maps import Map
+from .maps import Map, clear
 from .problem import Add, Block, Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
@@ -289,9 +289,10 @@ def convolve_packed(
     blocks, tap_size = _groups(conv) * plan.blocks_per_group, plan.channels * plan.width
     planes = [c * plane for c in range(channels // plan.channels)]
     taps, done = sum(len(phase.pairs) for phase in phases) * len(planes), 0
+    empty = _leave_empty(p, target, conv, phases, out, epilogue, extra)
     for phase, loop in zip(phases, loops, strict=True):
-        if not phase.pairs and extra.get("residual") == out.place and epilogue == (Add(),):
-            continue  # nothing is added to what stands there
+        if empty and not phase.pairs:
+            continue
         offsets = [y * x.row + ox * x.pixel + c for _, (y, ox) in phase.pairs for c in planes]
         fields = {
             "x": x.place, "x_group": channels * (plane or 1),
@@ -308,6 +309,21 @@ def convolve_packed(
             _share_out(p, plan, fields, blocks, taps)
         done += len(offsets)
     p.work += conv.multiply_adds
+
+
+def _leave_empty(
+    p: Program, target: Target, conv: Conv, phases: Sequence[Taps], out: Map,
+    epilogue: tuple[Step, ...], extra: Mapping[str, Place | int],
+) -> bool:  # fmt: skip
+    """Whether phases without taps need no step: nothing is added there, or all is cleared here."""
+    if all(phase.pairs for phase in phases):
+        return False
+    if epilogue == (Add(),) and extra.get("residual") == out.place:
+        return True
+    if epilogue or out.pixel != conv.out_channels:
+        return False
+    clear(p, target, out, conv.out_shape)
+    return True
 
 
 def _depthwise(p: Program, target: Target, conv: Conv, x: Map, packed: Place, out: Map,

@@ -141,6 +141,11 @@ class Window:
             base_dilation=self.base_dilation,
         )
 
+    @property
+    def phase_count(self) -> int:
+        """How many phases there are: see :meth:`phases`."""
+        return self.base_dilation // gcd(self.stride, self.base_dilation)
+
     def phases(self, n: int) -> tuple[Phase, ...]:
         """The outputs sorted by the taps that meet an input; see :class:`Phase`.
 
@@ -148,8 +153,7 @@ class Window:
         ``B // gcd(stride, B)`` apart are whole multiples of B apart, hence share their taps.
         All phases are listed, also those without taps (zeros) or, on short axes, with count 0.
         """
-        step = self.base_dilation // gcd(self.stride, self.base_dilation)
-        out = self.out_size(n)
+        step, out = self.phase_count, self.out_size(n)
         phases = []
         for start in range(step):
             positions = [(k, self._position(start, k)) for k in range(self.size)]

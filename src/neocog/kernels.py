@@ -16,6 +16,7 @@ from .cpu import (
     linear,
     pool,
     pool_backward,
+    scatter,
     weight_gradient,
     winograd_gradient,
 )
@@ -36,6 +37,7 @@ EMITTERS: dict[type, Callable[[Any], Kernel]] = {
     depthwise_gradient.DepthwiseGradientPlan: depthwise_gradient.emit,
     pool.PoolPlan: pool.emit,
     pool_backward.PoolBackwardPlan: pool_backward.emit,
+    scatter.ScatterPlan: scatter.emit,
     weight_gradient.WeightGradientPlan: weight_gradient.emit,
     winograd_gradient.WinogradGradientPlan: winograd_gradient.emit,
 }

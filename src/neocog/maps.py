@@ -118,6 +118,16 @@ def clear_halo(
     step.alongside = True
 
 
+def clear(p: Program, target: Target, m: Map, shape: Sequence[int]) -> None:
+    """Zero the interior of a map whose pixels stand side by side."""
+    batch, channels, height, width = shape
+    p.step(
+        copy_kernel(copy.border, target), batch,
+        out=m.place, out_image=m.image, out_row=m.row, height=height,
+        top=0, bottom=0, left=width * channels, right=0, width_elements=0,
+    )  # fmt: skip
+
+
 def read(
     p: Program,
     target: Target,

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from . import norm_steps
+from . import norm_steps, strided
 from .convolutions import Weights
 from .kept import Kept, activation_of, is_norm, pool_of, undone_by_result
-from .maps import Halo, Map, halo_of, read
+from .maps import Halo, Map, read
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise
 from .network import Pooling as PoolNode
 from .pools import unpool
@@ -124,7 +124,12 @@ class _Undo(Steps):
         """What the convolution reaches beyond a gradient that takes it further back."""
         if not isinstance(node.op, Layer) or node.inputs[0] not in self.wanted:
             return Halo()
-        return halo_of(node.op.block.conv.grad_input())
+        conv = node.op.block.conv
+        return strided.halo(conv.grad_input(), self._weights(node.op).adjoint())
+
+    def _weights(self, op: Layer) -> Weights:
+        strides = self.spec.strides[op.weight]
+        return Weights.of(self.parameter(op.weight), strides, op.block.conv)
 
     def _own_halo(self, node: Node) -> Halo:
         """The halo of the gradient of a node's result."""
@@ -209,11 +214,14 @@ class _Undo(Steps):
                 p, target, conv, x, g, needs, self.spec.exact, places["w"], places["bias"]
             )
         if source in self.wanted:
-            weights = Weights.of(self.parameter(op.weight), self.spec.strides[op.weight], conv)
+            weights, adjoint = self._weights(op).adjoint(), conv.grad_input()
             out, adds = self._into(source)
             steps = (Add(),) if adds else ()
             extra = out.fields("residual") if adds else {}
-            self.convolve(conv.grad_input(), weights.adjoint(), g, out, steps, extra)
+            if strided.prefers(adjoint, weights):
+                strided.convolve(p, target, adjoint, g, weights, out, steps, extra, any_size=False)
+            else:
+                self.convolve(adjoint, weights, g, out, steps, extra)
 
     def _norm(self, node: Node, op: Pointwise, g: Map, key: Hashable) -> None:
         y, *residual = node.inputs

@@ -1,0 +1,143 @@
+"""The gradient of a strided convolution's input, by products first: exact, and in few steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kernel_tools as kt
+import pytest
+import torch
+import torch.nn.functional as TF
+from torch import Tensor, nn
+
+import neocog.functional as F
+from neocog import compiler, execution, strided
+from neocog.convolutions import Weights
+from neocog.problem import Conv, conv2d_problem
+from neocog.program import Place
+
+CASES = {
+    "patches": dict(x=(2, 3, 32, 48), w=(8, 3, 16, 16), stride=16),
+    "patches of two sizes": dict(x=(2, 3, 30, 24), w=(20, 3, 5, 8), stride=(5, 8)),
+    "one tap": dict(x=(1, 5, 21, 40), w=(7, 5, 1, 1), stride=8),
+    "less than a stride": dict(x=(2, 5, 33, 29), w=(7, 5, 3, 3), stride=9, padding=1),
+    "overlapping": dict(x=(1, 20, 23, 19), w=(33, 20, 7, 7), stride=5, padding=3),
+    "larger than the image": dict(x=(1, 3, 8, 8), w=(8, 3, 3, 3), stride=500),
+    "mostly padding": dict(x=(1, 3, 5, 6), w=(4, 3, 4, 5), stride=6, padding=3),
+    "dilated": dict(x=(1, 3, 26, 22), w=(4, 3, 3, 2), stride=6, padding=4, dilation=(5, 9)),
+    "groups": dict(x=(2, 12, 20, 20), w=(8, 3, 6, 6), stride=6, groups=4),
+    "depthwise": dict(x=(2, 21, 33, 26), w=(21, 1, 3, 3), stride=6, padding=1, groups=21),
+    "depthwise patches": dict(x=(1, 16, 32, 32), w=(16, 1, 8, 8), stride=8, groups=16),
+    "depthwise, overlapping": dict(x=(1, 5, 24, 31), w=(5, 1, 9, 7), stride=5, groups=5),
+    "windows that overlap much": dict(x=(1, 2, 40, 40), w=(3, 2, 21, 21), stride=5),
+    "three": dict(x=(2, 6, 20, 17), w=(10, 6, 3, 5), stride=3, padding=2),
+}
+
+
+def case(name: str) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """Whole numbers, whose sums float32 holds exactly."""
+    window = dict(CASES[name])
+    x, w = (
+        torch.from_numpy(kt.integers(window.pop(key), seed)).float()
+        for seed, key in enumerate("xw")
+    )
+    return x, w, window
+
+
+def gradient(conv: Any, x: Tensor, w: Tensor, window: dict[str, Any]) -> Tensor:
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    y = conv(x, w, **window)
+    torch.manual_seed(3)
+    return torch.autograd.grad(y, x, torch.randint(-4, 5, y.shape).float())[0]
+
+
+@pytest.mark.parametrize("layout", execution.FORMATS.values(), ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_are_pytorchs(name: str, layout: torch.memory_format) -> None:
+    x, w, window = case(name)
+    given = [t.contiguous(memory_format=layout) for t in (x, w)]
+    assert torch.equal(gradient(F.conv2d, *given, window), gradient(TF.conv2d, x, w, window))
+
+
+@pytest.mark.parametrize("name", ["patches", "overlapping", "depthwise"])
+def test_weights_of_any_strides(name: str) -> None:
+    x, w, window = case(name)
+    turned = w.transpose(2, 3).contiguous().transpose(2, 3)
+    assert torch.equal(gradient(F.conv2d, x, turned, window), gradient(TF.conv2d, x, w, window))
+
+
+@pytest.mark.parametrize("target", kt.ROWS, ids=lambda t: t.name)
+def test_on_every_target(target: Any) -> None:
+    for name in ("patches", "overlapping", "depthwise"):
+        x, w, window = case(name)
+        conv = conv2d_problem(tuple(x.shape), tuple(w.shape), **window)
+        block = kt.Block(conv)
+        grad = torch.from_numpy(kt.integers(block.out_shape, 9)).float()
+        program = compiler.backward(
+            block, "nchw", "nchw", w.stride(), "nchw", "nchw", ("x",), target
+        )
+        gx = torch.full_like(x, torch.nan)
+        program.run(*(t.data_ptr() for t in (grad, x, w, grad, grad, gx)))
+        torch.manual_seed(0)
+        wanted = torch.nn.grad.conv2d_input(x.shape, w, grad, **window)
+        assert torch.equal(gx, wanted), name
+
+
+def steps_of(conv: Conv) -> int:
+    w = torch.empty(conv.weight_shape, device="meta")
+    block = kt.Block(conv)
+    program = compiler.backward(block, "nchw", "nchw", w.stride(), "nchw", "nchw", ("x",))
+    return len(program.steps)
+
+
+def test_steps_do_not_grow_with_the_stride() -> None:
+    for stride, kernel, image in ((16, 16, 224), (64, 3, 64), (64, 64, 224), (500, 3, 8)):
+        for groups, out in ((1, 8), (3, 3)):
+            kernel = min(kernel, image)
+            conv = conv2d_problem(
+                (1, 3, image, image), (out, 3 // groups, kernel, kernel), stride, groups=groups
+            )
+            assert steps_of(conv) <= 6, f"{conv}"
+
+
+def test_phases_without_taps_take_no_step() -> None:
+    assert steps_of(conv2d_problem((1, 16, 32, 32), (16, 16, 1, 1), 2)) == 5
+
+
+def test_what_it_is_for() -> None:
+    """Not strides of 2, nor windows that overlap much, nor weights of other strides."""
+
+    def chosen(kernel: int, stride: int, *strides: int) -> bool:
+        conv = conv2d_problem((1, 8, 224, 224), (8, 8, kernel, kernel), stride)
+        given = strides or (8 * kernel**2, kernel**2, kernel, 1)
+        return strided.prefers(conv.grad_input(), Weights.of(Place(2), given, conv).adjoint())
+
+    assert chosen(3, 3) and chosen(16, 16) and chosen(1, 64)
+    assert not chosen(3, 2) and not chosen(11, 4) and not chosen(3, 1)
+    assert not chosen(16, 16, 8 * 256, 256, 1, 16)
+
+
+def test_training_adds_to_gradients_that_stand_there() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Conv2d(3, 6, 1, bias=False)
+            self.patches = nn.Conv2d(6, 4, 6, 6, bias=False)
+            self.others = nn.Conv2d(6, 4, 3, 6, padding=0, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return self.patches(y) + self.others(y)
+
+    model = Twice()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.uniform_(-2, 2).round_()
+    x = torch.randint(-2, 3, (2, 3, 24, 24)).float()
+    compiled = torch.compile(model, backend="neocog", options={"strict": True})
+    grads = []
+    for run in (model, compiled):
+        x = x.detach().requires_grad_()
+        grads.append(torch.autograd.grad(run(x).sum(), [x, *model.parameters()]))
+    for ours, theirs in zip(grads[1], grads[0], strict=True):
+        assert torch.equal(ours, theirs)
