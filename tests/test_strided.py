@@ -11,9 +11,9 @@ import torch.nn.functional as TF
 from torch import Tensor, nn
 
 import neocog.functional as F
-from neocog import compiler, execution, strided
+from neocog import compiler, execution, reference, strided
 from neocog.convolutions import Weights
-from neocog.problem import Conv, conv2d_problem
+from neocog.problem import Block, Conv, conv2d_problem, parse
 from neocog.program import Place
 
 CASES = {
@@ -71,7 +71,7 @@ def test_on_every_target(target: Any) -> None:
     for name in ("patches", "overlapping", "depthwise"):
         x, w, window = case(name)
         conv = conv2d_problem(tuple(x.shape), tuple(w.shape), **window)
-        block = kt.Block(conv)
+        block = Block(conv)
         grad = torch.from_numpy(kt.integers(block.out_shape, 9)).float()
         program = compiler.backward(
             block, "nchw", "nchw", w.stride(), "nchw", "nchw", ("x",), target
@@ -85,7 +85,7 @@ def test_on_every_target(target: Any) -> None:
 
 def steps_of(conv: Conv) -> int:
     w = torch.empty(conv.weight_shape, device="meta")
-    block = kt.Block(conv)
+    block = Block(conv)
     program = compiler.backward(block, "nchw", "nchw", w.stride(), "nchw", "nchw", ("x",))
     return len(program.steps)
 
@@ -115,6 +115,16 @@ def test_what_it_is_for() -> None:
     assert chosen(3, 3) and chosen(16, 16) and chosen(1, 64)
     assert not chosen(3, 2) and not chosen(11, 4) and not chosen(3, 1)
     assert not chosen(16, 16, 8 * 256, 256, 1, 16)
+
+
+@pytest.mark.parametrize("steps", ["bias | relu", "affine | bias | leaky_relu(0.25)"])
+@pytest.mark.parametrize("groups", [1, 20])
+def test_blocks_with_a_base_dilation(steps: str, groups: int) -> None:
+    problem = parse(f"conv n2 c20x4x3 k20 3x3 b5x6 p2 g{groups} | {steps}")
+    assert isinstance(problem, Block)
+    inputs = kt.block_inputs(problem)
+    made, context = kt.forward(problem, inputs)
+    context.check("out", made["out"], reference.block(problem, **kt.operands(inputs)).out)
 
 
 def test_training_adds_to_gradients_that_stand_there() -> None:

@@ -20,10 +20,10 @@ from types import MappingProxyType
 
 from . import convolutions
 from .convolutions import Weights, is_depthwise
-from .cpu import depthwise, elementwise, scatter
+from .cpu import copy, depthwise, elementwise, scatter
 from .geometry import Window
-from .kernels import kernel
-from .maps import NCHW, Halo, Map, halo_of, read
+from .kernels import copy_kernel, kernel
+from .maps import FEW, Halo, Map, halo_of
 from .problem import Add, Conv, Step
 from .program import Place, Program
 from .target import Target
@@ -39,7 +39,7 @@ phases have many taps each and fill their steps."""
 def prefers(conv: Conv, weights: Weights) -> bool:
     """Whether :func:`convolve` takes products first and adds them up afterwards.
 
-    Not for weights that are in neither of PyTorch's layouts.
+    Not for weights whose columns are apart, but in channels_last: in neither of PyTorch's layouts.
     """
     phases = conv.rows.phase_count * conv.cols.phase_count
     if is_depthwise(conv):
@@ -223,30 +223,36 @@ def _joined(runs: list[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
 
 
 def _as_rows(conv: Conv, weights: Weights) -> str | None:
-    """The layout of a weight whose input channels are a distance apart each; None: neither.
+    """How the weights of the product are found in these; None: they are too far apart.
 
-    "nhwc": taps and output channels of one input channel are one stretch, the channels of a tap
-    together. "nchw": dense in PyTorch's contiguous order.
+    "there": of one input channel, taps and output channels are one stretch, the channels of a tap
+    together, as in channels_last. "moved": they are brought into that order first, row by row.
     """
     channels, rows, cols = conv.out_channels // conv.groups, conv.rows.size, conv.cols.size
-
-    def strides(*wanted: int) -> bool:
-        sizes, own = (channels, rows, cols), (weights.out, weights.rows, weights.cols)
-        return all(size == 1 or a == b for size, a, b in zip(sizes, own, wanted, strict=True))
-
-    if strides(1, cols * channels, channels):
-        return "nhwc"
-    if strides(rows * cols, cols, 1) and weights.into == channels * rows * cols:
-        return "nchw"
-    return None
+    there = ((channels, 1, weights.out), (rows, cols * channels, weights.rows),
+             (cols, channels, weights.cols))  # fmt: skip
+    if all(size == 1 or wanted == stride for size, wanted, stride in there):
+        return "there"
+    return "moved" if weights.cols == 1 or cols == 1 else None
 
 
 def _rows_of(p: Program, target: Target, conv: Conv, weights: Weights) -> Weights:
-    """The weights of the product: an input channel's taps and output channels one behind the
-    other, in this order."""
+    """The weights of the product: taps and output channels of each input channel in one stretch."""
     channels, depth = conv.out_channels // conv.groups, conv.in_channels
-    place, into, layout = weights.place, weights.into, _as_rows(conv, weights)
-    if layout == "nchw":
-        shape = (depth, channels, conv.rows.size, conv.cols.size)
-        place, into = read(p, target, place, NCHW, shape).place, channels * shape[2] * shape[3]
-    return Weights(place, 1, into, depth // conv.groups * into, 0, 0)
+    rows, cols = conv.rows.size, conv.cols.size
+    if _as_rows(conv, weights) == "there":
+        place, into, group = weights.place, weights.into, weights.group
+        return Weights(place, 1, into, group, 0, 0)
+    into = rows * cols * channels
+    group, place = depth // conv.groups * into, p.scratch(depth * into)
+    transpose = channels > 1
+    for number in range(conv.groups):
+        p.step(
+            copy_kernel(copy.pack, target, transpose, channels * (transpose and channels <= FEW)),
+            depth // conv.groups * rows,
+            x=weights.place + number * weights.group, x_image=weights.into, x_row=weights.rows,
+            x_channel=weights.out, out=place + number * group, out_image=into,
+            out_row=cols * channels, height=rows, width=cols, channels=channels,
+            top=0, left=0, right=0, padded_height=rows,
+        )  # fmt: skip
+    return Weights(place, 1, into, group, 0, 0)
