@@ -22,10 +22,10 @@ FLOORS = {
     4: "target",
     5: "cpu",
     6: (
-        "lifetimes memory program kernels maps pools convolutions strided depthwise_gradients "
-        "weight_gradients compiler winograd_steps winograd_gradients choices bands layer_calls "
-        "capture fusion stages partition parameters tuning norm_steps training_calls "
-        "training_fusion kept training_steps training_forward training_backward"
+        "lifetimes memory program kernels maps pools convolutions depthwise_steps strided "
+        "depthwise_gradients weight_gradients compiler winograd_steps winograd_gradients "
+        "choices bands layer_calls capture fusion stages partition parameters tuning norm_steps "
+        "training_calls training_fusion kept training_steps training_forward training_backward"
     ),
     7: "execution handback ops running learned fully_connected learning",
     8: "functional nn freezing reports backend",
@@ -47,7 +47,8 @@ BESIDE = {
     "program": "lifetimes memory",
     "maps": "kernels program",
     "pools": "kernels maps program",
-    "convolutions": "kernels maps program",
+    "convolutions": "depthwise_steps kernels maps program",
+    "depthwise_steps": "kernels maps program",
     "strided": "convolutions kernels maps program",
     "depthwise_gradients": "convolutions kernels maps program",
     "winograd_gradients": "kernels maps program winograd_steps",
@@ -57,7 +58,7 @@ BESIDE = {
     "compiler": "convolutions maps pools program strided weight_gradients",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
-    "choices": "convolutions maps program winograd_steps",
+    "choices": "convolutions kernels maps program winograd_steps",
     "bands": "kernels maps program",
     "stages": "bands choices kernels maps pools program",
     "partition": "choices stages",
@@ -70,7 +71,7 @@ BESIDE = {
     "training_steps": (
         "choices convolutions kept kernels maps norm_steps pools program winograd_steps"
     ),
-    "training_forward": "choices convolutions fusion kept maps norm_steps pools program "
+    "training_forward": "choices convolutions fusion kept kernels maps norm_steps pools program "
     "training_steps",
     "training_backward": "convolutions kept maps norm_steps pools program strided "
     "training_steps weight_gradients",

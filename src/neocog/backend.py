@@ -12,10 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .capture import Calls, Captured, argument, capture
 from .errors import Unsupported
 from .freezing import Frozen
+from .kernels import Sizes
 from .layer_calls import CALLS
 from .learning import LearningPlan
 from .ops import SPELLED_OUT
@@ -32,6 +34,9 @@ OPTIONS = {"strict": False, "exact": False, "tune": False}
 ``exact``: no Winograd, ``tune``: try every algorithm (see :func:`neocog.freeze`)."""
 
 _graphs: weakref.WeakSet[LiveGraph] = weakref.WeakSet()
+
+_sizes, _learning_sizes = WeakTensorKeyDictionary(), WeakTensorKeyDictionary()
+"""The sizes a model has met, by its first parameter: Dynamo makes a graph for each."""
 
 
 def neocog(
@@ -102,7 +107,8 @@ class LiveGraph:
         if captured is None:
             return None
         tensors = {**captured.parameters, **_named(args)}
-        plan = LearningPlan.of(captured, layout, host(), self.options["exact"], tensors)
+        with _sizes_of(args, _learning_sizes).another():
+            plan = LearningPlan.of(captured, layout, host(), self.options["exact"], tensors)
         self.report = report_of(plan)
         log.info("%s", self.report)
         return plan
@@ -114,9 +120,9 @@ class LiveGraph:
         tensors = {**captured.parameters, **_named(args)}
         self.parameters.refresh(tensors)
         self.parameters.tensors = tensors  # all of them, until the plan is made
-        plan = Plan.of(
-            captured, layout, self.parameters, self.options["exact"], self.options["tune"]
-        )
+        exact, tune = self.options["exact"], self.options["tune"]
+        with _sizes_of(args, _sizes).another():
+            plan = Plan.of(captured, layout, self.parameters, exact, tune)
         self.report = report_of(plan)
         log.info("%s", self.report)
         return plan
@@ -140,6 +146,16 @@ class LiveGraph:
         if self.report.whole != reason:
             self.report = Report(whole=reason)
             log.warning("%s", self.report)
+
+
+def _sizes_of(args: Sequence[Any], known: WeakTensorKeyDictionary) -> Sizes:
+    first = next((a for a in args if isinstance(a, nn.Parameter)), None)
+    if first is None:
+        return Sizes()
+    if first not in known:
+        known[first] = Sizes()
+    found: Sizes = known[first]
+    return found
 
 
 def _named(args: Sequence[Any]) -> dict[str, Tensor]:

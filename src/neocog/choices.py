@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from . import convolutions, winograd_steps
 from .convolutions import Weights
+from .kernels import many_sizes, settle
 from .maps import FEW, Halo, Map, halo_of
 from .problem import Conv, Pool, Step
 from .program import Place, Program
@@ -53,7 +55,19 @@ def algorithm(
 ) -> str:
     """The algorithm for ``conv`` that is estimated to be the fastest."""
     found = candidates(conv, epilogue, averaged)
-    return min(found, key=lambda name: cost(target, conv, name)) if len(found) > 1 else found[0]
+    if len(found) == 1:
+        return found[0]
+
+    def cheapest() -> str:
+        return min(found, key=lambda name: cost(target, conv, name))
+
+    return settle((layer(conv), epilogue, averaged >= AVERAGED), cheapest)
+
+
+def layer(conv: Conv) -> Conv:
+    """``conv`` without its sizes: the smallest with these channels and windows."""
+    rows, cols = (replace(window, low=0, high=0) for window in (conv.rows, conv.cols))
+    return replace(conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols)
 
 
 def exact(conv: Conv, epilogue: tuple[Step, ...] = (), averaged: int = 0) -> str:
@@ -76,6 +90,8 @@ def _direct_cost(target: Target, conv: Conv) -> float:
 
 def fuses_pool(choose: Choice, conv: Conv, epilogue: tuple[Step, ...], pool: Pool) -> bool:
     """Whether to pool in the epilogue; not where that would cost the better algorithm."""
+    if pool.whole and many_sizes():
+        return False  # its window is another one in every size
     without = choose(conv, epilogue, AVERAGED)
     return choose(conv, (*epilogue, pool.step), AVERAGED) == without
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .errors import InvalidModel, Unsupported
+from .kernels import Sizes
 from .parameters import Parameters
 from .running import Plan, Plans, layout_of
 from .target import host
@@ -30,6 +31,7 @@ class Frozen:
         self._names = {id(t): name for name, t in tensors}
         self._parameters = Parameters({name: t for name, t in tensors}, host())
         self._plans: Plans[Plan] = Plans()
+        self._sizes = Sizes()
         self.plan_for(example)
 
     @property
@@ -54,7 +56,8 @@ class Frozen:
         parameters = self._parameters
         if extra:
             parameters = Parameters({**known, **extra}, self._parameters.target)
-        return Plan.of(captured, layout_of(args), parameters, self.exact, self.tune)
+        with self._sizes.another():
+            return Plan.of(captured, layout_of(args), parameters, self.exact, self.tune)
 
     def _capture(self, args: Sequence[Tensor]) -> Captured:
         buffers = dict(self.model.named_buffers())

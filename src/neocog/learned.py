@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import handback, kept, norm_steps
+from . import handback, kept, kernels, norm_steps
 from .execution import FORMATS
 from .memory import POOL
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise
@@ -46,6 +46,7 @@ class Learned:
     spec: Spec
     running: list[tuple[Node, BatchStatistics]]
     made: dict[tuple[bool, ...], Programs] = field(default_factory=dict)
+    moment: kernels.Moment | None = field(default_factory=kernels.Moment.now)
 
     @classmethod
     def of(cls, spec: Spec) -> Learned:
@@ -66,7 +67,9 @@ class Learned:
             )
             wanted = _wanted(spec, dict(zip(spec.inputs, graded, strict=False)), names)
             found = kept.keep(spec.nodes, spec.uses, wanted, names, spec.target)
-            self.made[graded] = Programs(forward_program(spec, found), found, wanted, names)
+            with kernels.at(self.moment):
+                forward = forward_program(spec, found)
+            self.made[graded] = Programs(forward, found, wanted, names)
         return self.made[graded]
 
     def run(self, values: dict[Any, Any], parameters: Mapping[str, Tensor]) -> None:
@@ -148,9 +151,10 @@ class _Stage(torch.autograd.Function):
         if torch.is_grad_enabled():
             return None, *_differentiable(spec, tensors, ctx.needs_input_grad[1:], grads)
         if programs.backward is None:
-            programs.backward = backward_program(
-                spec, programs.kept, programs.wanted, programs.graded
-            )
+            with kernels.at(ctx.stage.moment):
+                programs.backward = backward_program(
+                    spec, programs.kept, programs.wanted, programs.graded
+                )
         plan = programs.backward
         if torch._C._autograd._get_current_graph_task_keep_graph():
             saved = saved.clone()  # the program works in it

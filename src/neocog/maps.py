@@ -7,8 +7,9 @@ unpack them where they are not already what a kernel needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 from .cpu import copy
 from .geometry import Window
@@ -126,6 +127,17 @@ def clear(p: Program, target: Target, m: Map, shape: Sequence[int]) -> None:
         out=m.place, out_image=m.image, out_row=m.row, height=height,
         top=0, bottom=0, left=width * channels, right=0, width_elements=0,
     )  # fmt: skip
+
+
+def residual_map(extra: Mapping[str, Place | int]) -> Map:
+    """The residual's map among the fields of an epilogue."""
+    strides = (cast(int, extra[f"residual_{name}"]) for name in ("image", "row", "pixel"))
+    return Map(cast(Place, extra["residual"]), *strides)
+
+
+def row_of(m: Map, row: int) -> Map:
+    """The map from a row on, which may be one of its halo."""
+    return replace(m, place=m.place + row * m.row)
 
 
 def read(

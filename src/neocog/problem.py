@@ -221,6 +221,12 @@ class Pool:
         )
 
     @property
+    def whole(self) -> bool:
+        """Whether its only window is the whole map."""
+        axes = ((self.rows, self.height), (self.cols, self.width))
+        return all((w.size, w.dilation, w.low, w.high) == (n, 1, 0, 0) for w, n in axes)
+
+    @property
     def in_shape(self) -> Shape:
         """(N, C, H, W)."""
         return (self.batch, self.channels, self.height, self.width)

@@ -38,10 +38,7 @@ class Packed:
     def of(cls, choose: choices.Choice, layer: Layer) -> Packed:
         """The packed weights of ``layer``."""
         chosen = choose(layer.block.conv, layer.block.epilogue, layer.averaged)
-        conv = layer.block.conv
-        rows, cols = (replace(w, low=0, high=0) for w in (conv.rows, conv.cols))
-        conv = replace(conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols)
-        return cls(layer.weight, conv, chosen)
+        return cls(layer.weight, choices.layer(layer.block.conv), chosen)
 
 
 @dataclass(frozen=True)

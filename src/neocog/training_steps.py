@@ -13,7 +13,7 @@ from . import choices, norm_steps
 from .convolutions import Weights
 from .cpu import elementwise
 from .kept import Kept, halo_for, is_norm
-from .kernels import kernel
+from .kernels import kernel, settle
 from .maps import NCHW, Halo, Map, clear_halo, deliver, map_with_halo, read, scratch_map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
 from .network import Pooling as PoolNode
@@ -213,7 +213,10 @@ def trained(target: Target, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
         packing = 4 * choices.packed_elements(target, conv, name) * SLOTS_PER_BYTE
         return choices.cost(target, conv, name) + packing
 
-    return min(choices.candidates(conv, epilogue), key=cost)
+    found = choices.candidates(conv, epilogue)
+    if len(found) == 1:
+        return found[0]
+    return settle((choices.layer(conv), epilogue), lambda: min(found, key=cost))
 
 
 def pointwise_steps(layer: Layer) -> tuple[Step, ...]:

@@ -136,6 +136,25 @@ def plan_for(
     )
 
 
+def plans_for_any_size(
+    target: Target, reads: tuple[Reads, Reads], channels: int, epilogue: tuple[Step, ...]
+) -> tuple[DepthwisePlan, DepthwisePlan]:
+    """Plans that serve maps of every size between them: of HEIGHT rows at a time, and of one.
+
+    Only where there is one phase. The rest of a row has tiles of one pixel.
+    """
+    rows, cols = reads
+    pixels = _most_pixels(target, rows.size * cols.size, HEIGHT, WIDE)
+    tiles = (pixels, 1) if pixels > 1 else (1,)
+    pair, single = (
+        DepthwisePlan(
+            target, rows, cols, (height,), tiles, 0, channels % target.lanes > 0, True, epilogue
+        )
+        for height in (HEIGHT, 1)
+    )
+    return pair, single
+
+
 def serves(reads: tuple[Reads, Reads]) -> bool:
     """Whether tiles of all phases are small enough, and there is anything to read."""
     rows, cols = reads

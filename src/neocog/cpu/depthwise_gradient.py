@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from llvmlite import ir
@@ -135,6 +135,11 @@ def plan_for(target: Target, conv: Conv, bias: bool) -> DepthwiseGradientPlan:
         bias=bias,
         large=math.prod(conv.in_shape) + math.prod(conv.out_shape) > LARGE,
     )
+
+
+def for_any_size(plan: DepthwiseGradientPlan) -> DepthwiseGradientPlan:
+    """The plan that does the same for maps of every size: a row at a time, the rest in pixels."""
+    return replace(plan, heights=(1,), tiles=(WIDTH, 1), large=True)
 
 
 def fields(plan: DepthwiseGradientPlan) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ class PoolBackwardPlan:
     channels: int
     act: Act
     pool: Pooling | None
+    whole: bool = False
+    """Whether the window is the whole map, of any size; ``pool`` is ``pool.of_one_tap``."""
 
     @property
     def windows(self) -> Pooling:
@@ -72,6 +74,8 @@ class PoolBackwardPlan:
     def name(self) -> str:
         """A name for the listing."""
         p = self.windows
+        if self.whole:
+            return f"unpool_{p.kind}_whole_{self.act.name}_c{self.channels}"
         return f"unpool_{p.kind}{p.rows.size}x{p.cols.size}_{self.act.name}_c{self.channels}"
 
 
@@ -129,6 +133,8 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
     def clear(y: Int) -> None:
         e.zero_fill(e.at(f.out, e.add(e.mul(image, f.out_image), e.mul(y, f.out_row))), size)
 
+    if plan.whole:
+        return
     if not plan.covers:
         e.loop(start, stop, clear)
         return
@@ -147,23 +153,23 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
 
 
 def _window_row(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value) -> None:
-    pool = plan.windows
+    pool = pooling.of_size(plan.windows, f.height, f.width) if plan.whole else plan.windows
     top = e.sub(e.mul(row, pool.rows.stride), pool.rows.low)
 
     def window(o: Int, rows: pooling.Bounds, cols: pooling.Bounds) -> None:
         def channels(first: Int, vectors: int, masks) -> None:
             for j in range(vectors):
                 channel = e.add(first, j * e.lanes)
-                _window(e, plan, f, image, row, o, (rows, cols), channel, masks[j])
+                _window(e, plan, pool, f, image, row, o, (rows, cols), channel, masks[j])
 
         pooling.channel_blocks(e, plan.channels, channels)
 
     pooling.each_window(e, pool, top, f.cols, (f.height, f.width), window)
 
 
-def _window(e: Emitter, plan, f, image, row, o, box, channel: Int, mask) -> None:
+def _window(e: Emitter, plan, pool, f, image, row, o, box, channel: Int, mask) -> None:
     """One window's gradient on one vector of channels."""
-    pool, (rows, cols) = plan.windows, box
+    rows, cols = box
 
     def place(pointer, image_stride, row_stride, pixel_stride, y, x) -> ir.Value:
         offset = e.add(e.mul(image, image_stride), e.mul(y, row_stride))
