@@ -56,6 +56,7 @@ BESIDE = {
         "convolutions depthwise_gradients kernels maps program winograd_gradients"
     ),
     "compiler": "convolutions maps pools program strided weight_gradients",
+    "layer_calls": "maps",
     "capture": "layer_calls",
     "winograd_steps": "convolutions kernels maps program",
     "choices": "convolutions kernels maps program winograd_steps",

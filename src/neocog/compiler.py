@@ -14,7 +14,18 @@ from . import strided
 from .convolutions import Weights, convolve
 from .cpu import epilogue as ep
 from .errors import Unsupported
-from .maps import Halo, Map, clear_halo, copy_out, deliver, halo_of, read, scratch_map, written
+from .maps import (
+    Halo,
+    Map,
+    clear_halo,
+    copy_out,
+    deliver,
+    halo_of,
+    read,
+    scratch_map,
+    too_far,
+    written,
+)
 from .pools import pool_steps, unpool
 from .problem import Act, Add, Affine, Bias, Block, Conv, Pool, Pooling, Step
 from .program import Place, Program
@@ -130,6 +141,9 @@ def _convolve(
 
 def _check_computable(block: Block) -> None:
     """Unsupported for blocks that no kernel computes."""
+    reason = None if _is_spread(block) else too_far(block.conv)
+    if reason:
+        raise Unsupported(reason)
     ep.check_supported(block.epilogue)
     whole = [s for s in block.epilogue if isinstance(s, Add | Pooling)]
     if whole and _is_spread(block):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler
+from . import compiler, maps
 from .cpu import epilogue as ep
 from .cpu import pool as pool_kernels
 from .errors import InvalidProblem, Unsupported
@@ -81,6 +81,27 @@ def block_of(
     cols = Window(w_shape[3], stride[1], dilation[1], left, right)
     conv = Conv(batch, channels, height, width, w_shape[0], rows, cols, groups)
     return Block(conv, parse_steps(epilogue))
+
+
+NEAR = 64
+"""Padding that no halo is out of proportion with."""
+
+
+def too_far(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> str | None:
+    """Why the taps of a call reach too far for the kernels, if they do: ``maps.too_far``."""
+    if max(padding) <= NEAR:
+        return None
+    x_shape = (1,) * (4 - len(x_shape)) + tuple(x_shape)
+    return maps.too_far(
+        block_of(x_shape, tuple(w_shape), stride, padding, dilation, groups, "").conv
+    )
 
 
 @functools.lru_cache(1024)

@@ -20,6 +20,7 @@ from . import network as net
 from .activations import ACTIVATIONS
 from .errors import Unsupported
 from .geometry import Window
+from .maps import too_far
 from .problem import Act, Pool, Pooling, check_shapes, conv2d_problem, pooling
 
 Name = Callable[[Tensor | None], str | None]
@@ -56,6 +57,9 @@ def conv2d(
     conv = conv2d_problem(
         tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups
     )
+    reason = too_far(conv)
+    if reason:
+        raise Unsupported(reason)
     op = net.Convolution(conv, _known(name, weight), name(bias))
     return Call(op, (input,), conv.out_shape, "conv2d")
 

@@ -7,6 +7,7 @@ unpack them where they are not already what a kernel needs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
@@ -66,6 +67,32 @@ def halo_of(conv: Conv) -> Halo:
     top, bottom = _reach(conv.rows, conv.height)
     left, right = _reach(conv.cols, conv.width)
     return Halo(top, bottom, left, right)
+
+
+FAR_ELEMENTS = 1 << 26
+"""float32 elements of a map up to which its halo may take any part of it: 256 MB."""
+
+FAR_SHARE = 16
+"""Times the input and output that a larger map with its halo may take."""
+
+
+def too_far(conv: Conv) -> str | None:
+    """Why the halo of ``conv`` is out of proportion, if it is.
+
+    Halos are memory. Taps far apart, or much padding under a wide stride, can reach through more of
+    it than input and output take together, by any factor.
+    """
+    halo = halo_of(conv)
+    size = elements_with_halo(conv.in_shape, halo)
+    if size <= max(
+        FAR_ELEMENTS, FAR_SHARE * (math.prod(conv.in_shape) + math.prod(conv.out_shape))
+    ):
+        return None
+    return (
+        f"taps that reach {max(halo.top, halo.bottom)} rows and {max(halo.left, halo.right)} "
+        f"columns beyond a map of {conv.height}x{conv.width}: with its halo it would take "
+        f"{4 * size / 1e9:,.1f} GB"
+    )
 
 
 def _reach(window: Window, n: int) -> tuple[int, int]:

@@ -8,7 +8,8 @@ takes two steps instead, whatever the stride:
     out[position of the tap][c] += columns[pixel][tap][c]                   (``cpu/scatter``)
 
 Where windows do not overlap, as in patch embeddings, the second step copies. What no window
-reaches is cleared by the way, a row at a time.
+reaches is cleared by the way, a row at a time. No step reads a halo, which makes this the way too
+where taps lie so far apart that a halo would be out of proportion.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from .convolutions import Weights, is_depthwise
 from .cpu import copy, depthwise, elementwise, scatter
 from .geometry import Window
 from .kernels import copy_kernel, kernel
-from .maps import FEW, Halo, Map, halo_of
+from .maps import FEW, Halo, Map, halo_of, too_far
 from .problem import Add, Conv, Step
 from .program import Place, Program
 from .target import Target
@@ -41,10 +42,10 @@ def prefers(conv: Conv, weights: Weights) -> bool:
 
     Not for weights whose columns are apart, but in channels_last: in neither of PyTorch's layouts.
     """
-    phases = conv.rows.phase_count * conv.cols.phase_count
+    phases, far = conv.rows.phase_count * conv.cols.phase_count, bool(too_far(conv))
     if is_depthwise(conv):
-        return phases > depthwise.MOST_PHASES  # fewer fit one register tile
-    if phases <= FEW_PHASES:
+        return far or phases > depthwise.MOST_PHASES  # fewer fit one register tile
+    if phases <= FEW_PHASES and not far:
         return False
     small = _columns(conv) <= COLUMNS * math.prod(conv.out_shape)
     return small and _as_rows(conv, weights) is not None

@@ -16,6 +16,7 @@ from typing import Any
 
 from llvmlite import ir
 
+from ..errors import Unsupported
 from ..geometry import Window
 from ..steps import Pooling, Step
 from ..target import Target
@@ -228,8 +229,11 @@ def tap_code(e: Emitter, pool: Pooling, kh: Int, kw: Int) -> Int:
 
 
 def winner_type(pool: Pooling) -> ir.IntType:
-    """One byte per winner where every tap number fits, else 32 bits."""
-    return I8 if pool.rows.size * pool.cols.size <= 256 else I32
+    """One byte per winner where every tap number fits, else 32 bits; Unsupported beyond these."""
+    taps = pool.rows.size * pool.cols.size
+    if taps > 1 << 31:
+        raise Unsupported(f"which of the window's {taps} taps wins: kernels count to 2**31")
+    return I8 if taps <= 256 else I32
 
 
 def load_winners(e: Emitter, pool: Pooling, where: ir.Value, mask: ir.Value | None) -> ir.Value:
