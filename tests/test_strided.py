@@ -151,3 +151,23 @@ def test_training_adds_to_gradients_that_stand_there() -> None:
         grads.append(torch.autograd.grad(run(x).sum(), [x, *model.parameters()]))
     for ours, theirs in zip(grads[1], grads[0], strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", execution.FORMATS.values(), ids=str)
+@pytest.mark.parametrize(
+    "window",
+    [(9, 2, 4), (17, 1, 8), (12, 12, 0), (5, 1, 0, 3)],
+    ids=lambda w: "x".join(map(str, w)),
+)
+def test_gradients_of_large_max_pools(window: tuple[int, ...], layout: torch.memory_format) -> None:
+    """Each goes to the winner, not by way of all taps; ties and NaN as in PyTorch."""
+    for channels in (3, 21, 64):
+        x = torch.from_numpy(kt.integers((2, channels, 25, 27), channels)).float()
+        x[0, 1, 3, 4] = torch.nan
+        grads = []
+        for lib in (F, TF):
+            given = x.clone().contiguous(memory_format=layout).requires_grad_()
+            y = lib.max_pool2d(given, *window)
+            weights = torch.arange(1, y.numel() + 1, dtype=torch.float32).remainder(7)
+            grads.append(torch.autograd.grad(y, given, weights.reshape(y.shape))[0])
+        assert torch.equal(*grads)

@@ -21,8 +21,11 @@ from ..steps import Act, Pooling
 from ..target import Target
 from . import epilogue as ep
 from . import pool as pooling
-from .lanes import Emitter, Int
+from .lanes import F32, I32, I64, Emitter, Int
 from .runtime import Kernel, compile_kernel
+
+SCATTERED_TAPS = 64
+"""Up to so many taps windows that do not overlap write all of them, zeros too: a pass less."""
 
 ONE_TAP = Pooling("max", Window(1), Window(1))
 
@@ -59,6 +62,13 @@ class PoolBackwardPlan:
         return self.disjoint and all(
             w.dilation == 1 and w.stride == w.size for w in (self.windows.rows, self.windows.cols)
         )
+
+    @property
+    def scatters(self) -> bool:
+        """Whether each channel's gradient is brought to its winner, tap by tap being too many."""
+        taps = self.windows.rows.size * self.windows.cols.size
+        few = SCATTERED_TAPS if self.disjoint else pooling.UNROLLED_TAPS
+        return self.pool is not None and self.selects and taps > few
 
     @property
     def reads_result(self) -> bool:
@@ -135,7 +145,7 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
 
     if plan.whole:
         return
-    if not plan.covers:
+    if not plan.covers or plan.scatters:
         e.loop(start, stop, clear)
         return
     # Windows without gaps write every input but those behind the last column and row of windows.
@@ -188,6 +198,27 @@ def _window(e: Emitter, plan, pool, f, image, row, o, box, channel: Int, mask) -
         winner = pooling.load_winners(e, pool, where, mask)
     elif not plan.selects:
         grad = e.b.fdiv(grad, e.splat(pooling.divisor(e, pool, rows, cols)))
+
+    if plan.scatters:
+        assert winner is not None
+
+        def lane(i: Int) -> None:
+            number = I32(i) if isinstance(i, int) else e.b.trunc(i, I32)
+            tap = e.b.zext(e.b.extract_element(winner, number), I64)
+            kh, kw = e.divmod(tap, pool.cols.size)
+            y = e.add(rows.start, e.mul(kh, pool.rows.dilation))
+            x = e.add(cols.start, e.mul(kw, pool.cols.dilation))
+            where = place(f.out, f.out_image, f.out_row, f.out_pixel, y, x)
+            where = e.at(where, i)
+            total = e.b.fadd(e.load(F32, where), e.b.extract_element(grad, number))
+            e.b.store(total, where, align=4)
+
+        if mask is not None:
+            e.loop(0, e.min(e.sub(plan.channels, channel), e.lanes), lane)
+            return
+        for i in range(e.lanes):
+            lane(i)
+        return
 
     def visit(kh: Int, kw: Int) -> None:
         y = e.add(rows.start, e.mul(kh, pool.rows.dilation))
