@@ -20,8 +20,8 @@ from .maps import (
     clear_halo,
     copy_out,
     deliver,
-    halo_of,
     read,
+    read_rows,
     scratch_map,
     too_far,
     written,
@@ -56,8 +56,10 @@ def forward(
     extras = [*params, *(["residual"] if ep.adds_residual(block.epilogue) else [])]
     p = Program(("x", "w", *extras, "out", *saved_names(block, save)))
     weights = Weights.of(p.buffer("w"), w_strides, conv)
-    around = strided.halo(conv, weights)
-    x = read(p, target, p.buffer("x"), x_layout, conv.in_shape, around)
+    if strided.prefers(conv, weights):
+        x = read(p, target, p.buffer("x"), x_layout, conv.in_shape)
+    else:
+        x, conv = read_rows(p, target, p.buffer("x"), x_layout, conv)
     out = written(p, p.buffer("out"), out_layout, block.out_shape)
     fields: dict[str, Place | int] = {name: p.buffer(name) for name in params}
     if "residual" in extras:
@@ -120,7 +122,7 @@ def backward(
         _convolve(p, target, adjoint, g, weights, out)
         deliver(p, target, out, p.buffer("gx"), gx_layout, conv.in_shape)
     if "w" in needs or "bias" in needs:
-        x = read(p, target, p.buffer("x"), x_layout, conv.in_shape, halo_of(conv))
+        x, conv = read_rows(p, target, p.buffer("x"), x_layout, conv)
         # Exact, as the forward pass: by kernels that serve every size once they are compiled.
         weight_gradient_steps(p, target, conv, x, g, needs, exact=True)
     if "residual" in needs:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from .cpu import depthwise
-from .cpu.ahead import LARGE
+from .cpu.ahead import pays
 from .cpu.tiling import Reads
 from .kernels import kernel, serves_any_size
 from .maps import Map, residual_map, row_of
@@ -73,7 +73,8 @@ def _plan(target: Target, conv: Conv, epilogue: tuple[Step, ...]) -> depthwise.D
     """For maps of this size."""
     (rows, _), (cols, _) = _reads(conv)
     *_, height, width = conv.out_shape
-    large = math.prod(conv.in_shape) + math.prod(conv.out_shape) > LARGE
+    elements = math.prod(conv.in_shape) + math.prod(conv.out_shape)
+    large = pays(elements, rows.stride, cols.stride)
     return depthwise.plan_for(
         target, (rows, cols), (height, width), conv.out_channels, large, epilogue
     )

@@ -181,21 +181,60 @@ def read(
     if layout == NHWC and halo.empty and not own:
         return Map.dense(place, channels, height, width)
     made, corner = scratch_map(p, shape, halo)
+    _pack(p, target, place, layout, shape, halo, made, corner)
+    return made
+
+
+def read_rows(
+    p: Program, target: Target, place: Place, layout: str, conv: Conv
+) -> tuple[Map, Conv]:
+    """The input of ``conv`` with its halo, and the convolution that reads it as it lies.
+
+    Where most rows lie between two windows, only those that windows read are packed.
+    """
+    halo, window = halo_of(conv), conv.rows
+    packed = layout != NHWC or not halo.empty
+    apart = window.stride >= 2 * window.span and max(window.low, window.high) <= 0
+    if not packed or not apart or window.base_dilation > 1:
+        return read(p, target, place, layout, conv.in_shape, halo), conv
+    batch, channels, _, width = conv.in_shape
+    rows, span = conv.out_shape[2], window.span
+    first = place + -window.low * width * (channels if layout == NHWC else 1)
+    window = replace(window, stride=span, low=0, high=0)
+    dense = replace(conv, height=rows * span, rows=window)
+    made, corner = scratch_map(p, dense.in_shape, halo)
+    for number in range(span):  # of every window
+        row = number * width * (channels if layout == NHWC else 1)
+        to, every = corner + number * made.row, replace(made, row=span * made.row)
+        _pack(p, target, first + row, layout, (batch, channels, rows, width), halo, every, to,
+              conv.height, conv.rows.stride)  # fmt: skip
+    return made, dense
+
+
+def _pack(
+    p: Program, target: Target, place: Place, layout: str, shape: Sequence[int], halo: Halo,
+    to: Map, corner: Place, own_height: int | None = None, every: int = 1,
+) -> None:  # fmt: skip
+    """Copy a tensor of ``shape`` into a map with a halo.
+
+    It may be every so many-th row of one that has ``own_height``.
+    """
+    batch, channels, height, width = shape
+    own = height if own_height is None else own_height
     transpose = layout == NCHW and channels > 1
     if transpose:
-        image, row, channel = channels * height * width, width, height * width
+        image, row, channel = channels * own * width, width, own * width
     else:
-        image, row, channel = height * width * channels, width * channels, 1
+        image, row, channel = own * width * channels, width * channels, 1
     rows = height + halo.top + halo.bottom
     p.step(
         copy_kernel(copy.pack, target, transpose, channels * (transpose and channels <= FEW)),
         batch * rows,
-        x=place, x_image=image, x_row=row, x_channel=channel,
-        out=corner, out_image=made.image, out_row=made.row,
+        x=place, x_image=image, x_row=every * row, x_channel=channel,
+        out=corner, out_image=to.image, out_row=to.row,
         height=height, width=width, channels=channels,
         top=halo.top, left=halo.left, right=halo.right, padded_height=rows,
     )  # fmt: skip
-    return made
 
 
 def written(p: Program, place: Place, layout: str, shape: Sequence[int]) -> Map:

@@ -38,7 +38,7 @@ from llvmlite import ir
 from ..steps import Bias, Step
 from ..target import Target
 from . import epilogue as ep
-from .ahead import Ahead
+from .ahead import LARGE, Ahead, pays
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
 from .tiling import Reads, cover, even_sizes
@@ -146,9 +146,10 @@ def plans_for_any_size(
     rows, cols = reads
     pixels = _most_pixels(target, rows.size * cols.size, HEIGHT, WIDE)
     tiles = (pixels, 1) if pixels > 1 else (1,)
+    large = pays(LARGE + 1, rows.stride, cols.stride)
     pair, single = (
         DepthwisePlan(
-            target, rows, cols, (height,), tiles, 0, channels % target.lanes > 0, True, epilogue
+            target, rows, cols, (height,), tiles, 0, channels % target.lanes > 0, large, epilogue
         )
         for height in (HEIGHT, 1)
     )
