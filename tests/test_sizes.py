@@ -118,22 +118,24 @@ def test_training_compiles_nothing_from_the_fourth_size_on() -> None:
 def test_sizes_of_one_network_are_not_counted_apart() -> None:
     """A layer that stands in a network five times, at five sizes, has its own kernel for each."""
     sizes = kernels.Sizes()
-    with sizes.another():
+    with sizes.size("first"):
         assert not any(kernels.serves_any_size(n, lambda: None) for n in range(5))
-    with sizes.another():
+    with sizes.size("second"):
         assert not kernels.serves_any_size(5, lambda: None)
     prepared = []
-    with sizes.another():
+    with sizes.size("third"):
         assert kernels.serves_any_size(6, lambda: prepared.append(6))
         assert not kernels.serves_any_size(3, lambda: prepared.append(3))
     assert prepared == [6, 3]
+    with sizes.size("second"):
+        assert not kernels.serves_any_size(8, lambda: None), "met again after others"
     assert not kernels.serves_any_size(7, lambda: None), "outside a model, as ever"
 
 
 def test_choices_are_settled_by_the_third_size() -> None:
     sizes, made = kernels.Sizes(), []
     for choice in "abcd":
-        with sizes.another():
+        with sizes.size(choice):
             made.append(kernels.settle("layer", lambda choice=choice: choice))
             again = kernels.Moment.now()
     assert made == ["a", "b", "c", "c"]

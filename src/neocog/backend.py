@@ -107,7 +107,7 @@ class LiveGraph:
         if captured is None:
             return None
         tensors = {**captured.parameters, **_named(args)}
-        with _sizes_of(args, _learning_sizes).another():
+        with _sizes_of(args, _learning_sizes).size(self._key(args)):
             plan = LearningPlan.of(captured, layout, host(), self.options["exact"], tensors)
         self.report = report_of(plan)
         log.info("%s", self.report)
@@ -121,7 +121,7 @@ class LiveGraph:
         self.parameters.refresh(tensors)
         self.parameters.tensors = tensors  # all of them, until the plan is made
         exact, tune = self.options["exact"], self.options["tune"]
-        with _sizes_of(args, _sizes).another():
+        with _sizes_of(args, _sizes).size(self._key(args)):
             plan = Plan.of(captured, layout, self.parameters, exact, tune)
         self.report = report_of(plan)
         log.info("%s", self.report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -42,11 +42,11 @@ class Frozen:
     def plan_for(self, args: Sequence[Tensor]) -> Plan:
         """The plan for arguments of these shapes and layouts; made when they are new."""
         key = tuple([(a.shape, a.stride(), a.dtype) for a in args])
-        plan = self._plans.find(key, lambda: self._make(args))
+        plan = self._plans.find(key, lambda: self._make(args, key))
         assert plan is not None
         return plan
 
-    def _make(self, args: Sequence[Tensor]) -> Plan:
+    def _make(self, args: Sequence[Tensor], key: Hashable) -> Plan:
         if any(m.training for m in self.model.modules()):
             raise InvalidModel("model is in training mode; call model.eval() before neocog.freeze")
         captured = self._capture(args)
@@ -56,7 +56,7 @@ class Frozen:
         parameters = self._parameters
         if extra:
             parameters = Parameters({**known, **extra}, self._parameters.target)
-        with self._sizes.another():
+        with self._sizes.size(key):
             return Plan.of(captured, layout_of(args), parameters, self.exact, self.tune)
 
     def _capture(self, args: Sequence[Tensor]) -> Captured:

@@ -78,17 +78,20 @@ def compiled() -> int:
 class Sizes:
     """The sizes of its inputs that one model has met, and what it got for the first of them."""
 
-    met: int = 0
+    met: dict[Hashable, int] = field(default_factory=dict)
+    """The number of each size, from 1 on."""
     own: set[Hashable] = field(default_factory=set)
     """Plans of kernels that were made for one size."""
     settled: dict[Hashable, Any] = field(default_factory=dict)
     """Choices that later sizes share."""
 
     @contextmanager
-    def another(self) -> Iterator[None]:
-        """A size that it has not met yet; programs made inside are for this size."""
-        self.met += 1
-        with self.again(self.met):
+    def size(self, key: Hashable) -> Iterator[None]:
+        """Programs made inside are for this size, which may have been met before.
+
+        It then gets the same kernels as then, and the same bits.
+        """
+        with self.again(self.met.setdefault(key, len(self.met) + 1)):
             yield
 
     @contextmanager
