@@ -3,7 +3,7 @@
     pip install -r benchmarks/real_models_needs.txt
     pip install --no-deps -r benchmarks/third_party.txt -r benchmarks/real_models.txt
     python benchmarks/real_models.py [--json FILE] [--only TEXT ...] [--each N]
-        [--limit SECONDS] [--no-export]
+        [--limit SECONDS] [--parts NAME ...]
 
 Networks of other people's packages (real_model_table.py), weights at random, each in a process of
 its own: ``neocog.freeze`` on one picture, then on a batch of two, then on one again. A row says
@@ -18,7 +18,8 @@ its own: ``neocog.freeze`` on one picture, then on a batch of two, then on one a
   state; ``left``: fake or meta tensors on it after the calls; ``alike``: what the model computes
   after all this is what an untouched twin computes, bit for bit;
 - ``export``: whether ``torch.export.export`` captures it, not strict and strict, in how many
-  seconds of the processor, and what it changed; ``fake``: whether it runs on fake tensors.
+  seconds of the processor, and what it changed; ``fake``: whether it runs on fake tensors;
+  ``fake_inputs``: the same, but only the inputs are fake, and what follows from them.
 """
 
 from __future__ import annotations
@@ -188,11 +189,26 @@ def exported(strict: bool) -> Callable[..., Any]:
 
 
 def on_fake_tensors(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Everything is fake: parameters and what the model makes as well."""
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         model(*map(mode.from_tensor, inputs))
 
 
-def child(name: str, export: bool, limit: int, out: int) -> None:
+def on_fake_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """What depends on the inputs is fake; what depends on the model alone has values."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model(*map(mode.from_tensor, inputs))
+
+
+CAPTURES: dict[str, Callable[..., Any]] = {
+    "fake": on_fake_tensors,
+    "fake_inputs": on_fake_inputs,
+    "export": exported(False),
+    "export_strict": exported(True),
+}
+
+
+def child(name: str, parts: list[str], limit: int, out: int) -> None:
     """Measures one network; prints a line of JSON for each part as soon as it is known."""
     # The processor's seconds, not the clock's: others may be using the machine.
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
@@ -207,19 +223,20 @@ def child(name: str, export: bool, limit: int, out: int) -> None:
         print("PART " + json.dumps({key: make()}, default=str), flush=True)
 
     with torch.no_grad():
-        part("frozen", lambda: frozen_row(network))
-        if export:  # in which the network is made anew: neocog has left it as it was, or it has not
-            part("fake", lambda: captured(network, on_fake_tensors))
-            part("export", lambda: captured(network, exported(False)))
-            part("export_strict", lambda: captured(network, exported(True)))
+        for key in parts:
+            # Each makes the network anew: the one before has left it as it was, or it has not.
+            if key == "frozen":
+                part(key, lambda: frozen_row(network))
+            else:
+                part(key, lambda key=key: captured(network, CAPTURES[key]))
 
 
-def measure(name: str, limit: int, export: bool) -> dict[str, Any]:
+def measure(name: str, limit: int, parts: list[str]) -> dict[str, Any]:
     """The row of one network, from a process of its own."""
     with tempfile.TemporaryFile("w+") as said:
         # Forked before anything is computed: what takes seconds to import is imported once.
         process = multiprocessing.get_context("fork").Process(
-            target=child, args=(name, export, limit, said.fileno())
+            target=child, args=(name, parts, limit, said.fileno())
         )
         process.start()
         process.join(20 * limit)
@@ -236,12 +253,13 @@ def measure(name: str, limit: int, export: bool) -> dict[str, Any]:
     for text in lines:
         if text.startswith("PART "):
             row.update(json.loads(text.removeprefix("PART ")))
-    if row.get("frozen") is None:
+    if "frozen" in parts and row.get("frozen") is None:
         *_, last = [text for text in lines if text.strip()] or [""]
         row["frozen"] = {
             "verdict": "failed" if "frozen" in row else "not made",
             "why": f"{end}: {last}"[:400],
         }
+    row.setdefault("frozen", {"verdict": "not asked"})
     for key, value in row.items():
         if value is None:
             row[key] = {"ok": False, "why": end}
@@ -276,7 +294,7 @@ def line(row: dict[str, Any]) -> str:
     for key in ("changed", "left", "alike"):
         if frozen.get(key):
             text += f"; {key.upper()}: {frozen[key]}"[:200]
-    for key in ("fake", "export", "export_strict"):
+    for key in CAPTURES:
         if key in row:
             part = row[key]
             text += f"\n  {key}: {'ok' if part['ok'] else 'no'}, {part.get('s', 0)} s"
@@ -291,7 +309,7 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"networks": len(made), **verdicts}
     found["wrong"] = sum(not right(row) for row in made)
     found["models changed"] = sum(not untouched(row) for row in made)
-    for key in ("fake", "export", "export_strict"):
+    for key in CAPTURES:
         parts = [row[key] for row in made if key in row]
         if parts:
             found[f"{key}: captured"] = sum(bool(part["ok"]) for part in parts)
@@ -344,14 +362,14 @@ def main() -> None:
         "--limit", type=int, default=150, help="seconds of one processor for each network"
     )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--no-export", action="store_true", help="neocog alone")
+    parser.add_argument("--parts", nargs="+", default=["frozen", *CAPTURES], help="neocog: frozen")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
     names = [n for n in real_model_table.networks() if any(part in n for part in options.only)]
     for name in by_turns(names, options.each):
-        rows.append(measure(name, options.limit, not options.no_export))
+        rows.append(measure(name, options.limit, options.parts))
         print(line(rows[-1]), flush=True)
         if options.json is not None:
             about = {
