@@ -2,7 +2,7 @@
 
     pip install -r benchmarks/real_models_needs.txt
     pip install --no-deps -r benchmarks/third_party.txt -r benchmarks/real_models.txt
-    python benchmarks/real_models.py [--json FILE] [--only TEXT ...] [--each N]
+    python benchmarks/real_models.py [--json FILE] [--resume] [--only TEXT ...] [--each N]
         [--limit SECONDS] [--parts NAME ...]
 
 Networks of other people's packages (real_model_table.py), weights at random, each in a process of
@@ -82,6 +82,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:400]
 
 
+def copies(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(a.clone() for a in args)
+
+
 def double(args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(a.double() if a.is_floating_point() else a for a in args)
 
@@ -91,7 +95,7 @@ def truths(network: real_model_table.Network, inputs: list[tuple[Tensor, ...]]) 
     try:
         model = build(network, torch.float64)
         torch.set_default_dtype(torch.float64)
-        return [model(*double(x)) for x in inputs], ""
+        return [model(*copies(double(x))) for x in inputs], ""
     except Exception as error:
         return None, one_line(error)
     finally:
@@ -104,7 +108,8 @@ def frozen_row(network: real_model_table.Network) -> dict[str, Any]:
     inputs = [network.inputs(1), network.inputs(2)]
     try:
         twin = build(network)
-        eager = [twin(*x) for x in inputs]
+        given = [copies(x) for x in inputs]
+        eager = [twin(*x) for x in given]
     except Exception as error:  # the package is missing, or wants something else
         return {"verdict": "not made", "why": one_line(error)}
     exact, why = truths(network, inputs)
@@ -113,7 +118,7 @@ def frozen_row(network: real_model_table.Network) -> dict[str, Any]:
     model = build(network)
     before, start = state(model), time.process_time()
     try:
-        frozen = neocog.freeze(model, list(inputs[0]))
+        frozen = neocog.freeze(model, list(copies(inputs[0])))
     except Exception as error:
         refused = isinstance(error, NeocogError)
         row.update(verdict="refused" if refused else "failed", why=one_line(error))
@@ -121,14 +126,17 @@ def frozen_row(network: real_model_table.Network) -> dict[str, Any]:
     else:
         row["freeze_s"] = round(time.process_time() - start, 2)
         row["changed"] = differences(before, state(model))
-        row.update(answers(frozen, inputs, eager, exact))
+        row.update(answers(frozen, inputs, given, eager, exact))
     row["left"] = without_data(model)
     row["alike"] = alike(model, inputs, eager)
     return row
 
 
-def answers(frozen: Any, inputs: Any, eager: Any, exact: Any) -> dict[str, Any]:
-    """The report, and the results for one, two, and one picture again."""
+def answers(frozen: Any, inputs: Any, given: Any, eager: Any, exact: Any) -> dict[str, Any]:
+    """The report, and the results for one, two, and one picture again.
+
+    ``given``: the inputs as eager has left them; some models write to them.
+    """
     row: dict[str, Any] = {}
     report = neocog.report(frozen)[0]
     row["verdict"] = "pytorch" if report.whole else "native"
@@ -138,8 +146,11 @@ def answers(frozen: Any, inputs: Any, eager: Any, exact: Any) -> dict[str, Any]:
         {"call": h.name, "count": h.count, "reason": h.reason} for h in report.handed_back
     ]
     for key, i in (("errors", 0), ("errors_of_two", 1), ("errors_again", 0)):
+        x = copies(inputs[i])
         try:
-            row[key] = compare(frozen(*inputs[i]), eager[i], exact[i])
+            row[key] = compare(frozen(*x), eager[i], exact[i])
+            if not all(map(same, x, given[i])):
+                row[key].update(right=False, why="leaves other arguments behind than eager")
         except Exception as error:
             row[key] = {"right": False, "why": one_line(error)}
     return row
@@ -149,7 +160,7 @@ def alike(model: nn.Module, inputs: Any, eager: Any) -> str:
     """Empty, or how the model differs now from its twin."""
     try:
         for x, expected in zip(inputs, eager, strict=True):
-            y = model(*x)
+            y = model(*copies(x))
             if kind(y) != kind(expected) or not all(
                 same(a, b) for (_, a), (_, b) in zip(tensors(y), tensors(expected), strict=True)
             ):
@@ -164,18 +175,18 @@ def captured(network: real_model_table.Network, how: Callable[..., Any]) -> dict
     torch.manual_seed(1)
     inputs = network.inputs(1)
     model = build(network)
-    expected = build(network)(*inputs)
+    expected = build(network)(*copies(inputs))
     before, start = state(model), time.process_time()
     row: dict[str, Any] = {"ok": True}
     try:
-        run = how(model, inputs)
+        run = how(model, copies(inputs))
     except Exception as error:
         row = {"ok": False, "why": one_line(error)}
     row["s"] = round(time.process_time() - start, 2)
     row["changed"], row["left"] = differences(before, state(model)), without_data(model)
     if row["ok"] and run is not None:
         try:
-            row.update(compare(run(*inputs), expected, expected))
+            row.update(compare(run(*copies(inputs)), expected, expected))
         except Exception as error:
             row.update(right=False, why=one_line(error))
     return row
@@ -354,6 +365,7 @@ def by_turns(names: Iterable[str], each: int | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=inspect.cleandoc(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that FILE has")
     parser.add_argument(
         "--only", nargs="+", default=[""], help="networks whose name holds one of these"
     )
@@ -367,8 +379,13 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     os.environ["HF_HUB_OFFLINE"] = "1"
     rows: list[dict[str, Any]] = []
+    if options.resume and options.json.exists():
+        rows = json.loads(options.json.read_text())["rows"]
+    done = {row["network"] for row in rows}
     names = [n for n in real_model_table.networks() if any(part in n for part in options.only)]
     for name in by_turns(names, options.each):
+        if name in done:
+            continue
         rows.append(measure(name, options.limit, options.parts))
         print(line(rows[-1]), flush=True)
         if options.json is not None:
