@@ -25,7 +25,6 @@ import collections
 import inspect
 import json
 import logging
-import platform
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from real_model_checks import processor
 from torch import Tensor, nn
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -169,9 +169,12 @@ def functional(sample: Sample) -> Callable[[list[Tensor]], Any]:
     return lambda tensors: sample.call(FUNCTIONS[sample.name][1], tensors)
 
 
-def frozen(sample: Sample) -> Callable[[list[Tensor]], Any]:
+def frozen(sample: Sample, tally: Tally) -> Callable[[list[Tensor]], Any]:
     def run(tensors: list[Tensor]) -> Any:
-        return neocog.freeze(Layer(sample, tensors).eval(), tensors[0])(tensors[0])
+        model = neocog.freeze(Layer(sample, tensors).eval(), tensors[0])
+        out = model(tensors[0])
+        tally.natives += bool(neocog.report(model)[0].layers)
+        return out
 
     return run
 
@@ -249,6 +252,7 @@ class Tally:
     """Passed and failed, by way and function; failures by cause."""
 
     def __init__(self) -> None:
+        self.natives = 0
         self.passed: collections.Counter[tuple[str, str]] = collections.Counter()
         self.failed: dict[tuple[str, str], list[tuple[str, str]]] = collections.defaultdict(list)
 
@@ -292,24 +296,24 @@ def main() -> None:
             way = "compile, gradients" if grad else "compile"
             tally.add(way, sample, outcome(lambda s=sample, g=grad: judge(s, compiled(s), g)))
             if not grad:
-                wrong = outcome(lambda s=sample: without_gradients(s))
+                wrong = outcome(lambda s=sample: without_gradients(s, tally))
                 tally.add("freeze", sample, wrong)
     for row in tally.rows():
         print(f"{row['way']}, {row['function']}: {row['passed']} passed, {row['failed']} failed")
         for sample, wrong in row["failures"][:4]:
             print(f"  {wrong}: {sample}")
+    print(f"freeze: {tally.natives} of these are compiled, the others run in PyTorch")
     if options.json is not None:
         about = {
-            "processor": platform.processor(),
-            "torch": torch.__version__,
-            "rows": tally.rows(),
-        }
+            "processor": processor(), "torch": torch.__version__, "every": options.every,
+            "frozen_and_compiled": tally.natives, "rows": tally.rows(),
+        }  # fmt: skip
         options.json.write_text(json.dumps(about, indent=1) + "\n")
 
 
-def without_gradients(sample: Sample) -> str:
+def without_gradients(sample: Sample, tally: Tally) -> str:
     with torch.no_grad():
-        return judge(sample, frozen(sample), False)
+        return judge(sample, frozen(sample, tally), False)
 
 
 if __name__ == "__main__":

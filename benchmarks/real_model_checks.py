@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import platform
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -121,3 +123,11 @@ def compare(result: Any, eager: Any, truth: Any) -> dict[str, Any]:
         if not error <= max(BOUND, TIMES_EAGER * own):  # NaN is wrong as well
             row.update(right=False, why=f"{where}: off by {error:.2e}, eager by {own:.2e}")
     return row
+
+
+def processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(text.split(":", 1)[1].strip() for text in lines if "model name" in text)
+    except (OSError, StopIteration):
+        return platform.processor()

@@ -30,7 +30,6 @@ import inspect
 import json
 import multiprocessing
 import os
-import platform
 import resource
 import signal
 import sys
@@ -45,7 +44,16 @@ import real_model_table
 import torch
 import torch._dynamo
 import torch.export
-from real_model_checks import compare, differences, kind, same, state, tensors, without_data
+from real_model_checks import (
+    compare,
+    differences,
+    kind,
+    processor,
+    same,
+    state,
+    tensors,
+    without_data,
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
@@ -329,14 +337,6 @@ def counts(rows: list[dict[str, Any]]) -> dict[str, Any]:
             )
             found[f"{key}: models changed"] = sum(bool(part.get("changed")) for part in parts)
     return found
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(text.split(":", 1)[1].strip() for text in lines if "model name" in text)
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 def versions(rows: list[dict[str, Any]]) -> dict[str, str]:
