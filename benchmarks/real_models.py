@@ -241,6 +241,7 @@ def child(name: str, parts: list[str], limit: int, out: int) -> None:
         print("PART " + json.dumps({key: None}), flush=True)
         print("PART " + json.dumps({key: make()}, default=str), flush=True)
 
+    network.make()  # imports the package, which may draw random numbers
     with torch.no_grad():
         for key in parts:
             # Each makes the network anew: the one before has left it as it was, or it has not.
