@@ -5,6 +5,7 @@
 # make peers   the engines neocog is raced against, into an environment of their own
 # make race    whole networks beside those engines, which takes an hour; results go to benchmarks/
 # make training-race  whole steps of training beside PyTorch and Inductor; results go to benchmarks/
+# make fuzz    random programs through neocog and beside PyTorch; FUZZ_ARGS="--cases 20000 --seed 7"
 # make browser the Chromium that the browser tests drive, from Debian's packages
 # make install only the set-up, which all of the above do by themselves
 #
@@ -24,8 +25,9 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH
 # Two test processes suit the smallest machines; WORKERS=0 runs the tests in one, for a debugger.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
-.PHONY: install browser demo test check bench peers race training-race clean
+.PHONY: install browser demo test check bench peers race training-race fuzz clean
 
 install: $(INSTALLED)
 
@@ -83,6 +85,11 @@ race: install peers
 training-race: install
 	$(BIN)/neocog bench --training --threads 1,2 \
 	  --json benchmarks/training.json --plot benchmarks/training.png
+
+# Bounded (400 programs, some minutes) and the same every time; a finding ends in the line that
+# runs it again.
+fuzz: install
+	$(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
