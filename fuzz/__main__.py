@@ -30,7 +30,7 @@ class Child:
 
     def __init__(self, engine: str, timeout: float, apart: bool = False):
         self.timeout, self.answered = timeout, 0
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115: until end()
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "fuzz.child", "--engine", engine]
         command += ["--apart", "--timeout", str(timeout)] if apart else []
         self._process = subprocess.Popen(
@@ -191,6 +191,11 @@ class Campaign:
         lines = [
             f"{total} programs ({modes}), {refused} of them refused by PyTorch itself, "
             f"{total / max(self.seconds, 1e-9):.1f} a second and process; seed {self.asked.seed}"
+        ]
+        lines += [
+            f"  refused, {count}: {reason[:100]}"
+            for reason, count in self.invalid.most_common(5)
+            if count
         ]
         lines += [
             f"  case {f.index} and {len(f.others)} more: {', '.join(sorted(f.kinds))}: "

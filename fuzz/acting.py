@@ -17,7 +17,6 @@ from .building import module_of
 from .inputs import arguments
 from .observing import (
     Observation,
-    leaves,
     look,
     module_state,
     process_state,
@@ -26,10 +25,6 @@ from .observing import (
     tensors_of,
 )
 from .program import Case
-
-
-class Invalid(Exception):
-    """PyTorch itself refuses the program."""
 
 
 @dataclass
@@ -41,18 +36,20 @@ class Run:
     engine: str
     """``plain`` calls the module itself; else the name of a backend of torch.compile, and
     ``neocog`` freezes with neocog while every other one does not freeze at all."""
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype | None = None
+    """None for the type that the case says, mostly float32."""
     calls: int = 99
 
     def __post_init__(self) -> None:
         self.plan = self.case.plan
+        self.dtype = self.dtype or getattr(torch, self.plan.get("dtype", "float32"))
         self.seen: Observation = {}
         self.model = self._prepared()
 
     def _prepared(self) -> nn.Module:
         model = module_of(self.source, self.case.seed).to(self.dtype)
         if self.plan.get("channels_last"):
-            model = model.to(memory_format=torch.channels_last)
+            model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         model.train(self.plan.get("training", self.case.mode == "train"))
         if self.plan.get("still_norms"):
             for layer in model.modules():
@@ -70,17 +67,23 @@ class Run:
     def arguments(self, call: int) -> list[Any]:
         """The arguments of a call."""
         how = self.plan.get("calls", ["first"])[call]
+        assert self.dtype is not None
         given = arguments(self.case.inputs, call, how, self.case.seed, self.dtype)
+        tensors = [i for i, x in enumerate(given) if isinstance(x, Tensor)]
+        if len(tensors) > 1 and self.plan.get("aliased"):
+            first = given[tensors[0]]
+            given[tensors[1]] = first if self.plan["aliased"] == "same" else first.detach()[:, :3]
         if self.plan.get("wrapped"):
-            given = [TwoTensor(x, x * 2) for x in given]
+            given = [TwoTensor(x, x * 2) if isinstance(x, Tensor) else x for x in given]
         if self.plan.get("dynamic") == "mark" and self.engine != "plain":
-            for x in given:
+            for x in (given[i] for i in tensors):
                 torch._dynamo.maybe_mark_dynamic(x, 0)
         return given
 
     def observe(self) -> Observation:
         """Run, and say everything that can be seen."""
         torch.manual_seed(self.case.seed + 1)
+        torch.set_num_threads(self.plan.get("threads", 1))
         modes: dict[str, Callable[[], None]] = {
             "freeze": self._freeze, "eval": self._eval, "train": self._train, "func": self._func,
         }  # fmt: skip
@@ -100,6 +103,8 @@ class Run:
 
     def _each_call(self) -> Iterator[tuple[str, list[Any]]]:
         for call in range(min(self.calls, len(self.plan.get("calls", ["first"])))):
+            if call:
+                meddle(self.model, self.plan.get("between"))
             yield f"call {call}", self.arguments(call)
 
     def _look(self, name: str, given: list[Any], result: Any) -> None:
@@ -122,7 +127,8 @@ class Run:
         example = self.arguments(0)
         function: Any = self.model
         if self.engine == "neocog":
-            function = neocog.freeze(self.model, example, exact=self.plan.get("exact", False))
+            for _ in range(1 + self.plan.get("again", False)):
+                function = neocog.freeze(self.model, example, exact=self.plan.get("exact", False))
         self.seen.update(module_state(self.model, "after freezing"))
         self.seen.update({f"after freezing, {k}": v for k, v in random_state().items()})
         for i, argument in enumerate(example):
@@ -167,12 +173,14 @@ class Run:
             self._look(name, given, result)
             everything.append((name, given))
             loss = None if inside else self._loss(result)
-            if loss is None:
+            if loss is None or not loss.requires_grad:
                 continue
             if backward in ("sum", "reversed"):
                 losses.append(loss)
             elif backward == "grad":
                 self._gradients_of(loss, given, name)
+            elif backward == "penalty":
+                self._gradients_of(loss, given, name, penalty=True)
             else:
                 loss.backward(retain_graph=backward == "twice")
                 if backward == "twice":
@@ -186,7 +194,8 @@ class Run:
             loss.backward()
         for name, given in everything:
             for i, argument in enumerate(given):
-                self.seen.update(look(argument.grad, f"{name}: gradient of argument {i}"))
+                if isinstance(argument, Tensor) and argument.is_leaf:
+                    self.seen.update(look(argument.grad, f"{name}: gradient of argument {i}"))
         for path, parameter in self.model.named_parameters():
             self.seen.update(look(parameter.grad, f"gradient of {path}"))
 
@@ -208,22 +217,32 @@ class Run:
         weighted = [(t * torch.randn(t.shape, generator=source).to(t)).sum() for t in found]
         return torch.stack([w.to(self.dtype) for w in weighted]).sum() if weighted else None
 
-    def _gradients_of(self, loss: Tensor, given: list[Any], name: str) -> None:
-        wanted = [(f"argument {i}", x) for i, x in enumerate(given) if x.requires_grad]
+    def _gradients_of(
+        self, loss: Tensor, given: list[Any], name: str, penalty: bool = False
+    ) -> None:
+        """Gradients by themselves; with a penalty, of a loss that has gradients in it."""
+        wanted = [(f"argument {i}", x) for i, x in enumerate(given) if _has_gradient(x)]
         wanted += [(n, p) for n, p in self.model.named_parameters() if p.requires_grad]
         if not wanted:
             return
-        found = torch.autograd.grad(loss, [t for _, t in wanted], allow_unused=True)
+        leaves = [t for _, t in wanted]
+        found = torch.autograd.grad(loss, leaves, create_graph=penalty, allow_unused=True)
+        again = [g.square().sum() for g in found if g is not None and g.requires_grad]
+        if penalty and again:
+            torch.stack(again).sum().backward()
         for (of, _), gradient in zip(wanted, found, strict=True):
             self.seen.update(look(gradient, f"{name}: gradient of {of}"))
 
     def _func(self) -> None:
         inside = self.plan.get("where") == "inside"
         model = self.model if inside else self._compiled(self.model)
-        transformed = _transformed(self.plan.get("transform", "grad"), model)
+        transform, of_weight = self.plan.get("transform", "grad"), self.plan.get("of") == "weight"
+        transformed = (_of_weight if of_weight else _of_argument)(transform, model)
         function = self._compiled(transformed) if inside else transformed
         for name, given in self._each_call():
             given = [x.detach() for x in given]
+            if of_weight:
+                given = [next(self.model.parameters()).detach(), *given]
             self.seen.update(look(function(*given), f"{name}: result"))
 
 
@@ -246,32 +265,82 @@ def _differentiable(result: Any) -> list[Tensor]:
     return unique
 
 
-def _transformed(transform: str, model: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of the arguments: the model's first result, transformed by its first argument."""
+def _has_gradient(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad
 
-    def first(*given: Any) -> Tensor:
-        return tensors_of(model(*given))[0]
+
+def meddle(model: nn.Module, how: str | None) -> None:
+    """Change a module between calls, as training, loading and users do."""
+    parameters = dict(model.named_parameters())
+    match how:
+        case "data":
+            for parameter in parameters.values():
+                parameter.data.mul_(1.25)
+        case "copy":
+            with torch.no_grad():
+                for parameter in parameters.values():
+                    parameter.copy_(parameter * 0.75)
+        case "load":
+            held = {
+                k: v * 1.5 if v.is_floating_point() else v for k, v in model.state_dict().items()
+            }
+            model.load_state_dict(held)
+        case "replace":
+            for layer in list(model.modules()):
+                if isinstance(layer, nn.Conv2d | nn.Linear) and "weight" in layer._parameters:
+                    layer.weight = nn.Parameter(layer.weight.detach() * 0.5)
+        case "mode":
+            model.train(not model.training)
+        case "thaw":
+            for parameter in parameters.values():
+                parameter.requires_grad_(not parameter.requires_grad)
+        case "buffers":
+            for buffer in model.buffers():
+                buffer.mul_(2)
+
+
+def _of_argument(transform: str, model: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of the arguments: the model's first result, transformed by the first argument."""
 
     def by_first(x: Tensor, *rest: Any) -> Any:
-        def f(y: Tensor) -> Tensor:
-            return first(y, *rest)
-
-        match transform:
-            case "vmap":
-                return torch.func.vmap(lambda y: f(y[None]))(x)
-            case "jvp":
-                return torch.func.jvp(f, (x,), (torch.ones_like(x),))
-            case "vjp":
-                result, back = torch.func.vjp(f, x)
-                return result, back(torch.ones_like(result))
-            case "dual":
-                with torch.autograd.forward_ad.dual_level():
-                    dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-                    both = torch.autograd.forward_ad.unpack_dual(f(dual))
-                    return both.primal, both.tangent
-        return torch.func.grad(lambda y: f(y).sum())(x)
+        one = transform == "vmap"
+        return transformed(transform, lambda y: first(model(y[None] if one else y, *rest)), x)
 
     return by_first
 
 
-__all__ = ["Invalid", "Run", "leaves"]
+def _of_weight(transform: str, model: nn.Module) -> Callable[..., Any]:
+    """The same, transformed by the model's first parameter, which comes first."""
+
+    def by_weight(weight: Tensor, *given: Any) -> Any:
+        name = next(n for n, _ in model.named_parameters())
+
+        def f(w: Tensor) -> Tensor:
+            return first(torch.func.functional_call(model, {name: w}, given))
+
+        return transformed(transform, f, weight[None] if transform == "vmap" else weight)
+
+    return by_weight
+
+
+def first(result: Any) -> Tensor:
+    """The first tensor of a result."""
+    return tensors_of(result)[0]
+
+
+def transformed(transform: str, f: Callable[[Tensor], Tensor], x: Tensor) -> Any:
+    """One of PyTorch's transformations of a function, applied."""
+    match transform:
+        case "vmap":
+            return torch.func.vmap(f)(x)
+        case "jvp":
+            return torch.func.jvp(f, (x,), (torch.ones_like(x),))
+        case "vjp":
+            result, back = torch.func.vjp(f, x)  # type: ignore[misc]
+            return result, back(torch.ones_like(result))
+        case "dual":
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+                both = torch.autograd.forward_ad.unpack_dual(f(dual))
+                return both.primal, both.tangent
+    return torch.func.grad(lambda y: f(y).sum())(x)

@@ -71,7 +71,7 @@ class Region:
 class Builder:
     """A module that is being written."""
 
-    def __init__(self, inputs: dict[str, Tensor], training: bool):
+    def __init__(self, inputs: dict[str, Any], training: bool):
         self.training = training
         self.module = nn.Module().train(training)
         self.scope: dict[str, Any] = {
@@ -79,7 +79,8 @@ class Builder:
             **inputs,
         }  # fmt: skip
         self.arguments = list(inputs)
-        self.values = [Value(name, tensor) for name, tensor in inputs.items()]
+        self.values = [Value(n, t) for n, t in inputs.items() if isinstance(t, Tensor)]
+        self.numbers = [name for name, value in inputs.items() if isinstance(value, float)]
         self.setup: list[str] = []
         self.body: list[str] = []
         self.layers: list[str] = []
@@ -180,7 +181,7 @@ class Builder:
             operation.write(self, d)
         except Exception:  # whatever PyTorch says of a step that does not fit
             for held, length in marks:
-                del held[length:]  # type: ignore[attr-defined]
+                del held[length:]
             return False
         for region in self.regions[:depth]:
             region.empty = False
@@ -245,5 +246,5 @@ def module_of(source: str, seed: int) -> nn.Module:
                 nn.init.uniform_(parameter, 0.5, 1.5)
         if isinstance(layer, nn.modules.batchnorm._NormBase) and layer.running_mean is not None:
             nn.init.uniform_(layer.running_mean, -0.5, 0.5)
-            nn.init.uniform_(layer.running_var, 0.5, 1.5)
+            nn.init.uniform_(layer.running_var, 0.5, 1.5)  # type: ignore[arg-type]
     return module

@@ -72,6 +72,8 @@ def judge_fairly(case: Case, engine: str = "neocog") -> Verdict:
     """The same, without what Dynamo alone does to a program: that is PyTorch's own."""
     verdict = judge(case, engine)
     compiled = case.mode != "freeze" or case.plan.get("inside") in ("compiled", "eager")
+    if engine == "eager" and any(f.kind == "raises" for f in verdict.findings):
+        return Verdict(invalid="Dynamo refuses it")
     if not verdict.findings or not compiled or engine == "eager":
         return verdict
     own = {f.kind for f in judge(case, "eager", confirm=False).findings}
@@ -97,6 +99,8 @@ def _judge_once(case: Case, engine: str) -> Verdict:
             run = Run(case, source, engine, calls=calls)
             other = run.observe()
         except Exception as error:
+            if case.plan.get("backward") == "penalty":  # may be refused, must not be wrong
+                return Verdict(invalid="no second gradients")
             return Verdict((Finding("raises", _place(error), _first_line(error)),))
         finally:
             _restore()
@@ -238,3 +242,4 @@ def _restore() -> None:
     torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
     torch.set_autocast_enabled("cpu", False)
+    torch.set_num_threads(1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from .building import Builder, Operation, clean_state
-from .inputs import DATA, LAYOUTS, arguments
+from .inputs import DATA, LAYOUTS, NUMBER, arguments
 from .operations import ALWAYS, OPERATIONS, SOMETIMES
 from .program import Case, Draw, Input, Step
 
@@ -17,14 +17,20 @@ MODES = {"freeze": 4, "eval": 2, "train": 4, "func": 0.5}
 
 CALLS = (
     ("first",), ("first", "first"), ("first", "batch"), ("first", "size"),
-    ("first", "batch", "first"), ("first", "size", "batch", "size"),
+    ("first", "batch", "first"), ("first", "size", "batch", "size"), ("first", "none", "first"),
 )  # fmt: skip
+
+BETWEEN = ("data", "copy", "load", "replace", "mode", "thaw", "buffers")
+"""What happens to the module between calls: see ``acting.meddle``."""
 
 CHOICES: dict[str, dict[str, tuple[object, ...]]] = {
     "": {
         "calls": CALLS,
         "channels_last": (False, False, False, True),
         "negative_weight": (False,) * 20 + (True,),
+        "dtype": ("float32",) * 20 + ("float64", "bfloat16"),
+        "threads": (1,) * 8 + (2,),
+        "aliased": (None,) * 12 + ("same", "view"),
         "form": (
             "tensor", "tuple", "list", "dict", "pair", "answer", "nested", "twice", "argument",
             "mixed",
@@ -34,6 +40,8 @@ CHOICES: dict[str, dict[str, tuple[object, ...]]] = {
         "around": ("no_grad", "inference", "grad"),
         "inside": ("", "", "", "", "", "module", "compiled", "eager"),
         "exact": (False, False, True),
+        "again": (False,) * 5 + (True,),
+        "wrapped": (False,) * 15 + (True,),
     },
     "eval": {
         "around": ("no_grad", "inference", "set_grad_enabled"),
@@ -41,6 +49,7 @@ CHOICES: dict[str, dict[str, tuple[object, ...]]] = {
         "dynamic": (None, None, None, True, "mark"),
         "fullgraph": (False, False, True),
         "wrapped": (False,) * 8 + (True,),
+        "between": (None,) * 4 + BETWEEN,
     },
     "train": {
         "training": (True, True, True, False),
@@ -48,13 +57,15 @@ CHOICES: dict[str, dict[str, tuple[object, ...]]] = {
         "freeze_some": (0, 0, 0, 2, 3),
         "backward": (
             "each", "each", "sum", "grad", "sgd", "twice", "inside", "checkpoint", "accumulate",
-            "some", "reversed",
+            "some", "reversed", "penalty",
         ),
+        "between": (None,) * 8 + BETWEEN,
         "dynamic": (None, None, None, True, "mark"),
     },
     "func": {
         "transform": ("grad", "vmap", "jvp", "vjp", "dual"),
         "where": ("outside", "inside"),
+        "of": ("argument", "weight"),
     },
 }  # fmt: skip
 """What is chosen for a case besides its steps: for every mode, and for each."""
@@ -72,14 +83,14 @@ def draw(seed: int, index: int) -> Case:
     inputs = _inputs(rng, mode)
     case = Case(rng.randrange(10**6), inputs, (), mode, d.used)
     with clean_state():
-        return replace(case, steps=_steps(case, rng))
+        return Case.parse(str(replace(case, steps=_steps(case, rng))))
 
 
 def _inputs(rng: random.Random, mode: str) -> tuple[Input, ...]:
     batch, channels = rng.choice((2, 1, 3)), rng.choice((3, 4, 8, 16))
     shape = (batch, channels, rng.choice((8, 6, 7, 9)), rng.choice((8, 6, 7, 9)))
     count = rng.choice((1, 1, 1, 2, 2, 3))
-    found = []
+    found: list[Input] = []
     for _ in range(count):
         layout = rng.choice(LAYOUTS) if rng.random() < 0.4 else "dense"
         data = rng.choice(DATA) if rng.random() < 0.3 else "normal"
@@ -90,6 +101,8 @@ def _inputs(rng: random.Random, mode: str) -> tuple[Input, ...]:
         elif found and other < 0.5:
             shape = (shape[0], rng.choice((3, 4, 8)), *shape[2:])
         found.append(Input(shape, layout, data, grad))
+    if mode in ("eval", "train") and rng.random() < 0.1:
+        found.append(Input((), NUMBER))
     return tuple(found)
 
 
@@ -103,8 +116,13 @@ def _builder(case: Case) -> Builder:
 def _steps(case: Case, rng: random.Random) -> tuple[Step, ...]:
     """Steps that fit one another. Only a few unusual kinds take part in each program."""
     unusual = rng.sample(SOMETIMES, rng.choice((0, 1, 2, 2, 3, 4)))
+    if any(spec.layout == NUMBER for spec in case.inputs):
+        unusual.append(OPERATIONS["number_argument"])
     kinds: list[Operation] = [*ALWAYS, *unusual]
     weights = [o.weight for o in kinds]
+    # Two steps of five are unusual ones, however few kinds there are.
+    share = 0.67 * sum(o.weight for o in ALWAYS) / max(1e-9, sum(o.weight for o in unusual))
+    weights[len(ALWAYS) :] = [share * o.weight for o in unusual]
     length = rng.choice((2, 3, 4, 5, 6, 8, 10, 14))
     builder, steps = _builder(case), []
     for _ in range(3 * length):
@@ -145,4 +163,5 @@ def _result(b: Builder, case: Case) -> str:
 
 def coarseness(case: Case) -> float:
     """How far apart right results of the program may be; 0 for float32's rounding."""
-    return max((OPERATIONS[name].coarse for name, _ in case.steps), default=0.0)
+    whole = 0.06 if case.plan.get("dtype") == "bfloat16" else 0.0
+    return max((OPERATIONS[name].coarse for name, _ in case.steps), default=whole) or whole

@@ -14,7 +14,10 @@ LAYOUTS = (
     "dense", "channels_last", "permuted", "sliced", "expanded", "transposed", "offset", "stepped",
     "negative",
 )  # fmt: skip
-DATA = ("normal", "whole", "positive", "far", "mixed")
+DATA = ("normal", "whole", "positive", "far", "mixed", "stain")
+
+NUMBER = "number"
+"""The layout of an argument that is a Python number."""
 
 
 def _numbers(spec: Input, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -28,6 +31,10 @@ def _numbers(spec: Input, shape: tuple[int, ...], seed: int) -> Tensor:
             return normal.abs() + 0.1
         case "far":
             return normal + 20
+        case "stain":  # one black pixel on top of a bright picture
+            normal += 250
+            normal.flatten()[0] = 0
+            return normal
         case "mixed":
             return torch.where(normal > 0.5, normal.new_zeros(()), normal)
     return normal
@@ -70,9 +77,13 @@ def tensor(spec: Input, seed: int, dtype: torch.dtype) -> Tensor:
 
 def resized(spec: Input, how: str) -> Input:
     """The same input in another call: ``batch`` or ``size`` has grown, or neither."""
+    if spec.layout == NUMBER:
+        return spec
     n, *rest = spec.shape
     if how == "batch":
         return replace(spec, shape=(n + 1, *rest))
+    if how == "none":
+        return replace(spec, shape=(0, *rest))
     if how == "size" and len(rest) == 3:
         return replace(spec, shape=(n, rest[0], rest[1] + 2, rest[2] + 1))
     return spec
@@ -83,5 +94,8 @@ def arguments(
 ) -> list[Any]:
     """All arguments of one call."""
     return [
-        tensor(resized(spec, how), seed + 100 * call + i, dtype) for i, spec in enumerate(inputs)
+        0.5 + 0.25 * call
+        if spec.layout == NUMBER
+        else tensor(resized(spec, how), seed + 100 * call + i, dtype)
+        for i, spec in enumerate(inputs)
     ]

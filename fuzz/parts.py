@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 
 class StraightThrough(torch.autograd.Function):
@@ -58,8 +59,8 @@ class Convolved(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor]:
         x, w = ctx.saved_tensors
-        back = torch.nn.grad.conv2d_input(x.shape, w, g, padding=1)
-        return back * 0.5, torch.nn.grad.conv2d_weight(x, w.shape, g, padding=1) * 0.5
+        back = conv2d_input(x.shape, w, g, padding=1)
+        return back * 0.5, conv2d_weight(x, w.shape, g, padding=1) * 0.5
 
 
 @torch.jit.script
@@ -138,12 +139,12 @@ def scale_result(module: nn.Module, args: Any, result: Tensor) -> Tensor:
     return result * 1.5
 
 
-def look_at_result(module: nn.Module, args: Any, result: Tensor) -> None:
+def look_at_result(module: Any, args: Any, result: Tensor) -> None:
     """A forward hook that keeps something."""
     module.seen = result.shape[1]
 
 
-def count_calls(module: nn.Module, args: Any, result: Tensor) -> None:
+def count_calls(module: Any, args: Any, result: Tensor) -> None:
     """A forward hook that counts."""
     module.calls = getattr(module, "calls", 0) + 1
 
@@ -156,6 +157,18 @@ def shift_argument(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor,
 def turn_gradient(module: nn.Module, into: Any, out: Any) -> Any:
     """A full backward hook that replaces the gradients of a module's inputs."""
     return tuple(None if g is None else -0.5 * g for g in into)
+
+
+def keep(parameter: nn.Parameter) -> None:
+    """A hook of a parameter, after its gradient is there."""
+    if parameter.grad is not None:
+        parameter.grad.mul_(3)
+
+
+@torch.compiler.disable
+def uncompiled(x: Tensor) -> Tensor:
+    """A function that Dynamo leaves alone."""
+    return torch.relu(x) * 2
 
 
 def double(gradient: Tensor) -> Tensor:

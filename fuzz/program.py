@@ -71,8 +71,9 @@ class Draw:
     def __call__(self, name: str, options: Sequence[Any], plain: float = 0.0) -> Any:
         """One of ``options``; with probability ``plain`` the first."""
         if self.rng is None:
-            value = self.chosen.get(name, options[0])
-            value = value if value in options else options[0]
+            # JSON knows no tuples: options are found by how they print.
+            known = {json.dumps(option): option for option in options}
+            value = known.get(json.dumps(self.chosen.get(name, options[0])), options[0])
         elif self.rng.random() < plain:
             value = options[0]
         else:

@@ -204,7 +204,11 @@ def test_no_module_bears_the_name_of_a_public_function():
 
 
 def test_every_file_can_be_read_in_one_sitting():
-    files = [p for f in ("src", "tests", "scripts", "benchmarks", "fuzz") for p in (ROOT / f).rglob("*.py")]
+    files = [
+        p
+        for f in ("src", "tests", "scripts", "benchmarks", "fuzz")
+        for p in (ROOT / f).rglob("*.py")
+    ]
     assert len(files) > len(MODULES)
     lengths = {str(p.relative_to(ROOT)): len(p.read_text("utf-8").splitlines()) for p in files}
     assert {file: n for file, n in lengths.items() if n > LONGEST_FILE} == {}

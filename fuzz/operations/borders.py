@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..building import Builder, Operation
+from ..building import Builder, Operation, Skip
 from ..program import Draw
 
 
@@ -137,8 +137,19 @@ def random_numbers(b: Builder, d: Draw) -> None:
     b.let(how.format(x=x.name))
 
 
+def number_argument(b: Builder, d: Draw) -> None:
+    """Arithmetic with a number that comes as an argument, another one with every call."""
+    if not b.numbers:
+        raise Skip
+    x, n = b.pick(d), b.numbers[d.number("which", len(b.numbers))]
+    how = d(
+        "how", ("{x} * {n}", "{x} + {n}", "{x}.clamp(max={n})", "{x} * {n} if {n} > 0.6 else {x}")
+    )
+    b.let(how.format(x=x.name, n=n))
+
+
 TABLE = (
     Operation(5, device), Operation(2, double), Operation(1.5, half, coarse=0.03), Operation(6, branch),
     Operation(3, sized), Operation(3, scripted), Operation(1.5, embedded), Operation(1, recurrent),
-    Operation(2.5, random_numbers),
+    Operation(2.5, random_numbers), Operation(6, number_argument),
 )  # fmt: skip

@@ -11,6 +11,7 @@ from .layers import WIDTHS, _channels
 MODES = (
     "torch.no_grad()", "torch.enable_grad()", "torch.set_grad_enabled(False)",
     "torch.set_grad_enabled(True)", "torch.set_grad_enabled(self.training)",
+    "torch.inference_mode()",
 )  # fmt: skip
 
 
@@ -93,13 +94,10 @@ def tied(b: Builder, d: Draw) -> None:
     """A new layer whose weight is another's."""
     name = b.layer_of(d, nn.Conv2d)
     other = b.get(name)
-    weight = other.weight
-    options = f"{other.kernel_size}, padding={other.padding!r}"
-    if other.groups != 1 or other.padding_mode != "zeros":
-        options += f", groups={other.groups}"
-    layer = b.layer(f"nn.Conv2d({weight.shape[1] * other.groups}, {weight.shape[0]}, {options})")
+    out, channels = other.weight.shape[0], other.weight.shape[1] * other.groups
+    options = f"{other.kernel_size}, padding={other.padding!r}, groups={other.groups}"
+    layer = b.layer(f"nn.Conv2d({channels}, {out}, {options})")
     b.prepare(f"{layer}.weight = {name}.weight")
-    x = b.map(d)
     spelled = d(
         "spelled",
         (
@@ -108,6 +106,8 @@ def tied(b: Builder, d: Draw) -> None:
             "F.conv2d({x}, {l}.weight.transpose(0, 1))",
         ),
     )
+    wanted = channels if spelled == "{l}({x})" else out
+    x = b.pick(d, fits=lambda t: t.dim() == 4 and t.shape[1] == wanted)
     b.let(spelled.format(l=layer, x=x.name))
 
 
@@ -143,9 +143,50 @@ def autocast(b: Builder, d: Draw) -> None:
     b.open(f"with {manager}:", manager, 1 + d.number("steps", 3))
 
 
+def parameter_hook(b: Builder, d: Draw) -> None:
+    """A hook on a parameter."""
+    name = b.layer_of(d, (nn.Conv2d, nn.Linear, nn.BatchNorm2d))
+    hook = d(
+        "hook", ("register_hook(parts.double)", "register_post_accumulate_grad_hook(parts.keep)")
+    )
+    b.prepare(f"{name}.weight.{hook}")
+
+
+def transformed(b: Builder, d: Draw) -> None:
+    """A transformation of functions inside the program."""
+    x = b.map(d)
+    weight = f"self.{b.name('w')}"
+    b.prepare(f"{weight} = nn.Parameter(torch.randn(4, {_channels(x)}, 3, 3) * 0.3)")
+    spelled = d("spelled", (
+        "torch.vmap(lambda t: F.conv2d(t[None], {w}, padding=1)[0])({x})",
+        "torch.vmap(torch.relu)({x})", "torch.func.grad(lambda t: t.square().sum())({x})",
+        "torch.func.grad(lambda t: F.conv2d(t, {w}).square().sum())({x})",
+        "torch.func.jvp(lambda t: F.conv2d(t, {w}), ({x},), ({x},))[1]",
+        "torch.func.vjp(torch.relu, {x})[1]({x})[0]",
+    ))  # fmt: skip
+    b.let(spelled.format(x=x.name, w=weight))
+
+
+def cut(b: Builder, d: Draw) -> None:
+    """Something at which Dynamo starts a new graph, or which depends on values."""
+    x = b.pick(d)
+    how = d("how", (
+        "torch._dynamo.graph_break()", "if {x}.detach().sum() > 1e6:\n    {x} = {x} * 2",
+        "if {x}.detach().mean().item() > -1e6:\n    {x} = {x} + 1", "{x} = parts.uncompiled({x})",
+        "{x} = {x} * (1 + 0 * len({x}.detach().flatten().tolist()))",
+        "{x} = {x} + {x}.detach().numpy().shape[0]", "str({x}.shape)", "assert {x}.dim() > 0",
+        "for _ in range({x}.shape[0]):\n    {x} = {x} * 0.9",
+        "try:\n    {x} = {x}.view(-1, 12345)\nexcept RuntimeError:\n    pass",
+    ))  # fmt: skip
+    if "{x} = " in how and x.name in b.arguments:
+        x = b.let(f"{x.name} * 1")
+    b.line(how.format(x=x.name))
+
+
 TABLE = (
     Operation(5, grad_mode), Operation(3, grad_switch), Operation(4, detached), Operation(4, custom),
     Operation(2, custom_conv), Operation(4, tensor_hook), Operation(4, module_hook),
     Operation(3, frozen), Operation(2, tied), Operation(1.5, checkpointed), Operation(2, unused),
-    Operation(2, autocast, coarse=0.06),
+    Operation(2, autocast, coarse=0.06), Operation(2, parameter_hook),
+    Operation(3, transformed), Operation(2.5, cut),
 )  # fmt: skip

@@ -79,7 +79,8 @@ def conv_transpose(b: Builder, d: Draw) -> None:
 def conv_again(b: Builder, d: Draw) -> None:
     """A layer that the program has already used: shared."""
     name = b.layer_of(d, (nn.Conv2d, nn.Linear, nn.Sequential, nn.modules.batchnorm._NormBase))
-    x = b.pick(d)
+    channels = getattr(b.get(name), "in_channels", None)
+    x = b.pick(d, fits=lambda t: channels is None or t.dim() == 4 and t.shape[1] == channels)
     b.let(f"{name}({x.name})")
 
 
@@ -287,10 +288,43 @@ def sequence(b: Builder, d: Draw) -> None:
     b.let(f"{b.layer(kind.format(c=c, o=d('out', WIDTHS)))}({x.name})")
 
 
+def conv_elsewhere(b: Builder, d: Draw) -> None:
+    """A convolution over one axis, or over three."""
+    x = b.map(d)
+    c, o = _channels(x), d("out", WIDTHS)
+    if d("axes", (1, 3)) == 1:
+        layer = b.layer(f"nn.Conv1d({c}, {o}, 3, padding=1)")
+        b.let(f"{layer}({x.name}.flatten(2))")
+    else:
+        layer = b.layer(f"nn.Conv3d({c}, {o}, (1, 3, 3), padding=(0, 1, 1))")
+        b.let(f"{layer}({x.name}.unsqueeze(2)).squeeze(2)")
+
+
+FOREIGN = (
+    "{x}.cumsum(1)", "{x}.sort(1).values", "{x}.topk(2, 1).values", "torch.fft.rfft2({x}).abs()",
+    "torch.einsum('nchw,ndhw->ncd', {x}, {x})", "{x}.flatten(2) @ {x}.flatten(2).mT",
+    "F.grid_sample({x}, F.affine_grid(torch.eye(2, 3).to({x}).expand({x}.shape[0], 2, 3), {x}.shape, False), align_corners=False)",
+    "{x}.std((2, 3), keepdim=True) + {x}", "torch.var_mean({x}, 1, keepdim=True)[0] * {x}", "{x}.logsumexp(1)",
+    "F.scaled_dot_product_attention({x}, {x}, {x})", "F.fold(F.unfold({x}, 2, stride=2), {x}.shape[2:], 2, stride=2)",
+    "{x}.gather(1, torch.zeros_like({x}[:, :2], dtype=torch.long))", "torch.linalg.vector_norm({x}, dim=1, keepdim=True)",
+    "{x}.norm() * {x}", "torch.stack([{x}, {x}.flip(3)]).mean(0)", "{x}.scatter_add(1, torch.zeros_like({x}, dtype=torch.long), {x})",
+    "torch.complex({x}, {x}).conj().imag", "torch.view_as_complex(torch.stack([{x}, {x}], -1)).real", "{x}.sum(dim=(1, 2))",
+    "torch.bmm({x}[:, 0], {x}[:, 1].mT)", "F.cosine_similarity({x}, {x}.flip(1), dim=1)", "{x}.pow(2)", "{x}.abs().sqrt() + {x}",
+    "torch.block_diag(*{x}[:, 0])", "F.channel_shuffle({x}, 2)", "F.conv2d({x}.flatten(0, 1)[:, None], torch.ones(1, 1, 3, 3).to({x})).squeeze(1)",
+)  # fmt: skip
+
+
+def foreign(b: Builder, d: Draw) -> None:
+    """Something that no kernel of neocog does."""
+    x = b.map(d, least=2)
+    b.let(d("spelled", FOREIGN).format(x=x.name))
+
+
 TABLE = (
     Operation(10, conv), Operation(2, conv_function), Operation(0.7, conv_transpose),
     Operation(1.5, conv_again), Operation(4, norm), Operation(5, activation),
     Operation(4, activation_function), Operation(4, pool), Operation(1, dropout),
     Operation(2, number), Operation(4, tensors), Operation(1, broadcast), Operation(1, gate),
     Operation(2, cat), Operation(1.5, linear), Operation(0.7, softmax), Operation(2, sequence),
+    Operation(0.7, conv_elsewhere), Operation(1.5, foreign),
 )  # fmt: skip

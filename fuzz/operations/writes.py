@@ -15,7 +15,7 @@ def write_part(b: Builder, d: Draw) -> None:
             "{x}[:, :1] = 0.5", "{x}[:, :, 1:] += 1", "{x}[:, ::2] *= 2", "{x}[0] = 0",
             "{x}[:, 0].zero_()", "{x}[..., :1].add_(1)", "{x}.narrow(1, 0, 1).mul_(3)",
             "{x}.select(1, 0).fill_(0.25)", "{x}.transpose(2, 3)[:, :, :1].sub_(1)",
-            "{x}.chunk(2, 1)[0].neg_()", "{x}.flatten(2)[..., 0] = 1", "{x}.diagonal(0, 2, 3).fill_(2)",
+            "{x}[:, -1].neg_()", "{x}.flatten(2)[..., 0] = 1", "{x}.diagonal(0, 2, 3).fill_(2)",
             "{x}[:, :1] = {x}[:, -1:].clone()", "{x}[{x} > 0.5] = 0.5", "{x}[:, [0]] = 2",
             "F.relu({x}[:, :1], inplace=True)", "torch.sigmoid_({x}[:, :, :1])",
         ),
