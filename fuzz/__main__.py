@@ -21,6 +21,9 @@ from .drawing import draw, source_of
 from .program import Case
 from .shrinking import shrink
 
+DEADLY = {"crashes", "hangs"}
+"""Findings that take their process with them."""
+
 LIFETIME = 150
 """Cases after which a child is replaced: Dynamo and generated code leave things behind."""
 
@@ -148,6 +151,11 @@ class Campaign:
 
     def _report(self, index: int, case: Case, answer: Answer) -> None:
         smaller, again = (case, answer) if self.asked.no_shrink else self._smallest(case, answer)
+        if self._pytorchs_own(smaller, again):
+            with self.lock:
+                self.invalid["PyTorch's own end"] += 1
+            print(f"case {index}: PyTorch ends the process by itself: {smaller}", flush=True)
+            return
         found = Found(index, smaller, again)
         with self.lock:
             self.found.append(found)
@@ -159,7 +167,7 @@ class Campaign:
     def _smallest(self, case: Case, answer: Answer) -> tuple[Case, Answer]:
         """A smaller case, which fails by itself in a process of its own."""
         wanted = {signature(f) for f in answer["findings"]}
-        deadly = bool(wanted & {"crashes", "hangs"})
+        deadly = bool(wanted & DEADLY)
         child, best = self._child(deadly), answer
 
         def holds(smaller: Case) -> bool:
@@ -177,6 +185,16 @@ class Campaign:
                 alone = [(k, w, f"{d} (only after other cases)") for k, w, d in answer["findings"]]
                 return case, {**answer, "findings": alone}
             return shrink(case, holds, self.asked.attempts), best
+        finally:
+            child.end()
+
+    def _pytorchs_own(self, case: Case, answer: Answer) -> bool:
+        """Whether a process that runs the case with PyTorch alone ends too."""
+        if not DEADLY & {signature(f) for f in answer["findings"]}:
+            return False
+        child = Child("eager", self.asked.timeout, apart=True)
+        try:
+            return bool(DEADLY & {signature(f) for f in child.ask(case)["findings"]})
         finally:
             child.end()
 

@@ -214,7 +214,8 @@ class Run:
         if self.plan.get("backward") == "some":
             found = found[:1]
         source = torch.Generator().manual_seed(self.case.seed)
-        weighted = [(t * torch.randn(t.shape, generator=source).to(t)).sum() for t in found]
+        numbers = [torch.randn(t.shape, generator=source, dtype=torch.float32) for t in found]
+        weighted = [(t * n.to(t)).sum() for t, n in zip(found, numbers, strict=True)]
         return torch.stack([w.to(self.dtype) for w in weighted]).sum() if weighted else None
 
     def _gradients_of(

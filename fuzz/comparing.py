@@ -87,7 +87,7 @@ def _judge_once(case: Case, engine: str) -> Verdict:
         try:
             source = source_of(case)
             eager, calls = _valid(case, source)
-            exact = _exact(case, source, calls)
+            exact = exactly(case, source, calls)
         except Exception as error:
             return Verdict(invalid=f"{type(error).__name__}: {str(error).splitlines()[:1]}")
         finally:
@@ -104,7 +104,25 @@ def _judge_once(case: Case, engine: str) -> Verdict:
             return Verdict((Finding("raises", _place(error), _first_line(error)),))
         finally:
             _restore()
-    return Verdict(tuple(differences(case, eager, other, exact)))
+    found = tuple(differences(case, eager, other, exact))
+    if not found and (ill := _ill(case, eager, exact)):
+        return Verdict(invalid=f"ill-conditioned: {ill}")
+    return Verdict(found)
+
+
+def _ill(case: Case, eager: Observation, exact: Observation) -> str:
+    """The name of a result whose numbers say nothing, if there is one."""
+    if coarseness(case):
+        return ""
+    for name, value in eager.items():
+        truth = exact.get(name)
+        if ": result" in name and isinstance(value, Seen) and isinstance(truth, Seen):
+            if value.data is None or truth.data is None or value.shape != truth.shape:
+                return name
+            off = float((value.data - truth.data).abs().max()) if value.data.numel() else 0.0
+            if off > ILL * _largest(truth):
+                return "a result"
+    return ""
 
 
 def _valid(case: Case, source: str) -> tuple[Observation, int]:
@@ -118,11 +136,12 @@ def _valid(case: Case, source: str) -> tuple[Observation, int]:
     return Run(case, source, "plain", calls=1).observe(), 1
 
 
-def _exact(case: Case, source: str, calls: int) -> Observation:
-    """The same in float64; empty where a program cannot run in it."""
-    torch.set_default_dtype(torch.float64)
+def exactly(case: Case, source: str, calls: int) -> Observation:
+    """The same in float64, with the same weights."""
+    run = Run(case, source, "plain", torch.float64, calls)
+    torch.set_default_dtype(torch.float64)  # for what the program makes while it runs
     try:
-        return Run(case, source, "plain", torch.float64, calls).observe()
+        return run.observe()
     finally:
         torch.set_default_dtype(torch.float32)
 

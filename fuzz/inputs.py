@@ -23,7 +23,7 @@ NUMBER = "number"
 def _numbers(spec: Input, shape: tuple[int, ...], seed: int) -> Tensor:
     """float32 numbers, so that float64 programs get the same."""
     source = torch.Generator().manual_seed(seed)
-    normal = torch.randn(shape, generator=source)
+    normal = torch.randn(shape, generator=source, dtype=torch.float32)
     match spec.data:
         case "whole":
             return (normal * 2).round()

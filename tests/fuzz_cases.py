@@ -20,7 +20,7 @@ def case(
 
 TRAINED = (Input((2, 3, 8, 8), grad=True),)
 TWO = (Input((2, 8, 9, 9)), Input((3, 8, 9, 9)))
-BRIGHT = (Input((8, 3, 16, 16), data="stain"),)
+BRIGHT = (Input((4, 3, 32, 32), data="stain"),)
 CHANNELS_LAST = (Input((2, 3, 8, 8), layout="channels_last"),)
 
 KNOWN = {
@@ -91,8 +91,8 @@ KNOWN = {
         "train", CONV, "norm", "dropout", ("activation", {"kind": "nn.LeakyReLU(0.1, inplace=True)"}), CONV
     ),
     "frozen weight, trained bias": case("train", CONV, CONV, "frozen"),
-    "frozen weights, trained biases": case("train", CONV, "activation", CONV, "frozen", ("frozen", {"layer": 1})),
-    "batch norm of a bright picture": case("train", "norm", inputs=BRIGHT),
+    "frozen weights, trained biases": case("train", CONV, CONV, "frozen", ("frozen", {"layer": 1})),
+    "batch norm of a bright picture": case("train", NARROW, "norm", inputs=BRIGHT),
     "result with fields": case("freeze", CONV, form="answer"),
     "hook that counts": case("freeze", CONV, ("module_hook", {"hook": "register_forward_hook(parts.count_calls)"})),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from torch import nn
 from fuzz.__main__ import Child
 from fuzz.acting import Run
 from fuzz.building import Builder, clean_state
-from fuzz.comparing import differences
+from fuzz.comparing import differences, exactly
 from fuzz.drawing import draw, source_of
 from fuzz.operations import OPERATIONS
 from fuzz.program import Case, Draw
@@ -137,7 +137,7 @@ def kinds(spoil: Callable[..., object]) -> set[str]:
     torch._dynamo.reset()
     source = source_of(PROGRAM)
     eager = Run(PROGRAM, source, "plain").observe()
-    exact = Run(PROGRAM, source, "plain", torch.float64).observe()
+    exact = exactly(PROGRAM, source, 1)
     planted = Planted(PROGRAM, source, "planted")
     planted.spoil = spoil
     try:
@@ -227,6 +227,14 @@ def attribute(model: nn.Module) -> str:
 
 def freeze_last(model: nn.Module) -> None:
     list(model.parameters())[-1].requires_grad_(False)
+
+
+def test_float64_computes_the_same_program():
+    source = source_of(PROGRAM)
+    eager, exact = Run(PROGRAM, source, "plain").observe(), exactly(PROGRAM, source, 1)
+    for name in ("call 0: result['one']", "gradient of m3.weight"):
+        off = (eager[name].data - exact[name].data).abs().max()
+        assert 0 < off < 1e-5 * exact[name].data.abs().max(), name
 
 
 def test_nothing_is_found_where_nothing_is_wrong():
