@@ -32,7 +32,7 @@ class Child:
     """A process that answers cases."""
 
     def __init__(self, engine: str, timeout: float, apart: bool = False):
-        self.timeout, self.answered = timeout, 0
+        self.timeout, self.apart, self.answered = timeout, apart, 0
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         command = [sys.executable, "-m", "fuzz.child", "--engine", engine]
         command += ["--apart", "--timeout", str(timeout)] if apart else []
@@ -59,6 +59,7 @@ class Child:
         self.answered += 1
         if line:
             found: Answer = json.loads(line)
+            self.alive = self.apart or not found["spoilt"]
             return found
         self.alive = False
         status = self._process.wait()

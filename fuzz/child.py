@@ -23,14 +23,21 @@ from .comparing import judge_fairly
 from .program import Case
 
 Answer = dict[str, Any]
-"""``findings``: a list of (kind, where, detail); ``invalid``: PyTorch's reason, or empty."""
+"""``findings``: a list of (kind, where, detail); ``invalid``: PyTorch's reason, or empty;
+``spoilt``: whether the process had better not go on."""
 
 
 def answer(line: str, engine: str) -> Answer:
     """What becomes of a case."""
     verdict = judge_fairly(Case.parse(line), engine)
     found = [(f.kind, f.where, f.detail) for f in verdict.findings]
-    return {"findings": found, "invalid": verdict.invalid}
+    return {"findings": found, "invalid": verdict.invalid, "spoilt": spoilt()}
+
+
+def spoilt() -> bool:
+    """Whether an error left this process inside a transformation of functions."""
+    inside = torch._C._functorch.peek_interpreter_stack() is not None
+    return inside or torch.autograd.forward_ad._current_level >= 0
 
 
 def answer_apart(line: str, engine: str, timeout: float) -> Answer:
@@ -59,7 +66,7 @@ def answer_apart(line: str, engine: str, timeout: float) -> Answer:
 
 def ended(kind: str, how: str) -> Answer:
     """The answer of a process that cannot give one."""
-    return {"findings": [(kind, "process", how)], "invalid": ""}
+    return {"findings": [(kind, "process", how)], "invalid": "", "spoilt": True}
 
 
 def main() -> None:
