@@ -142,7 +142,7 @@ def test_moves_to_where_it_is_cost_no_program(name: str):
     assert not neocog.report(call)[0].whole
 
 
-# ------------------------------------------------------------------------ what a model keeps on itself
+# --------------------------------------------------------------- what a model keeps on itself
 
 
 class Grid(nn.Module):

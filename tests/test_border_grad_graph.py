@@ -157,7 +157,7 @@ def test_a_checkpoint_with_dropout(outside: bool):
     layers = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5), nn.Conv2d(4, 4, 1))
     if outside:
         eager, call = copy.deepcopy(layers), compiled(layers)
-        for model, run in ((eager, eager), (layers, call)):
+        for run in (eager, call):
             torch.manual_seed(5)
             checkpoint(run, maps().requires_grad_(), use_reentrant=False).square().sum().backward()
         same_gradients(layers, eager)

@@ -116,7 +116,7 @@ def more_results(m: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
     z = torch.relu(m.a(x))
     return (z, F.avg_pool2d(z, 2), z.chunk(2, 1)[1], F.interpolate(z, scale_factor=2),
             F.pad(z, (1, 1)), z.mean((2, 3)), z * 2, torch.sigmoid(x), z.sum(1, keepdim=True),
-            torch.stack([z, z]), z.clone(), F.softmax(z, 1), z.transpose(1, 2), z.flatten(1))  # fmt: skip
+            torch.stack([z, z]), z.clone(), F.softmax(z, 1), z.mT, z.flatten(1))  # fmt: skip
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["model", "channels_last model"])

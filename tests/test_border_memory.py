@@ -149,7 +149,7 @@ def test_sharded_models():
                 TORCH_LOGS="-all", TORCH_CPP_LOG_LEVEL="ERROR")  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------- bits and storage
+# ------------------------------------------------------------------------------ bits and storage
 
 
 def negative(shape: tuple[int, ...]) -> Tensor:
