@@ -137,20 +137,19 @@ def equal(made: Any, wanted: Any, what: str = "result", bound: float = BOUND) ->
         assert error <= bound * most, f"{what}: off by {error:.2e} of {most:.2e}"
 
 
-def same_results(made: Any, wanted: Any, bound: float = BOUND) -> None:
+def same_results(made: Any, wanted: Any, bound: float = BOUND, what: str = "result") -> None:
     """Of one structure, and every leaf equal."""
     ours, ours_structure = pytree.tree_flatten(made)
     eager, structure = pytree.tree_flatten(wanted)
     assert ours_structure == structure
     for i, (a, b) in enumerate(zip(ours, eager, strict=True)):
-        equal(a, b, f"result {i}", bound)
+        equal(a, b, f"{what} {i}", bound)
 
 
 def same(made: Outcome, wanted: Outcome, bound: float = BOUND) -> None:
     """Asserts that a call has given and left behind what eager's has."""
     same_results(made.result, wanted.result, bound)
-    for i, (a, b) in enumerate(zip(made.args, wanted.args, strict=True)):
-        equal(a, b, f"argument {i}", bound)
+    same_results(made.args, wanted.args, bound, "argument")
     assert made.tensors.keys() == wanted.tensors.keys()
     for name, t in wanted.tensors.items():
         equal(made.tensors[name], t, name, bound)
