@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import pytest
 import tiny_networks as tn
 import torch
+import torch._dynamo  # takes seconds, which every fork of `alone` would spend anew
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -155,10 +156,14 @@ def same(made: Outcome, wanted: Outcome, bound: float = BOUND) -> None:
         equal(made.tensors[name], t, name, bound)
     for name, g in wanted.gradients.items():
         own = made.gradients[name]
-        assert (own is None) == (g is None), f"gradient of {name}: {own}, eager {g}"
+        assert (own is None) == (g is None), f"gradient of {name}: {_has(own)}, eager {_has(g)}"
         equal(own, g, f"gradient of {name}", max(bound, GRADIENTS))
     assert made.random is not None and wanted.random is not None
     assert torch.equal(made.random, wanted.random), "the stream of random numbers"
+
+
+def _has(gradient: Tensor | None) -> str:
+    return "None" if gradient is None else f"one of at most {gradient.abs().max():.2g}"
 
 
 def check(model: nn.Module, *args: Any, way: str, bound: float = BOUND) -> Callable[..., Any]:

@@ -331,7 +331,7 @@ def through_a_file(fast: object) -> object:
 
 
 def test_inside_other_models():
-    """nn.Sequential(fast, head): trains the head, finds no weights twice, saves and loads."""
+    """nn.Sequential(fast, head) trains its head; the frozen part stays in eval mode."""
     model, head = with_norms(), nn.Linear(3, 2)
     whole = nn.Sequential(neocog.freeze(model, maps()), head)
     whole(maps()).square().sum().backward()
@@ -339,10 +339,11 @@ def test_inside_other_models():
     assert {id(p) for p in head.parameters()} <= {id(p) for p in whole.parameters()}
     with torch.no_grad():
         equal(whole(maps()), head(model(maps())))
-    repr(whole)
-    whole.eval()
-    with torch.no_grad():
-        equal(whole(maps()), head(model(maps())))
+    for training in (True, False):
+        whole.train(training)
+        with torch.no_grad():
+            equal(whole(maps()), head(model(maps())))
+    assert "Linear" in repr(whole)
 
 
 @pytest.mark.parametrize("backend", ["eager", "neocog"])
