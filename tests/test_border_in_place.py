@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from border import alone, check, compiled, equal, inference, maps, net, ready, ways
+from border import GRADIENTS, alone, check, compiled, equal, inference, maps, net, ready, ways
 from torch import Tensor, nn
 
 import neocog
@@ -102,38 +102,54 @@ def test_writes(flow: Callable[..., object], way: str):
     check(net(flow), maps(), way=way)
 
 
-def test_a_write_to_what_a_layer_has_saved():
-    """PyTorch refuses the gradient; so does what is compiled, or gives that of the old value."""
+def refused_or_right(flow: Callable[..., Tensor], meant: Callable[..., Tensor]) -> None:
+    """PyTorch refuses the gradients of ``flow``; so does what is compiled, or gives those meant."""
+    eager = net(flow)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        eager(maps()).sum().backward()
+    model, right = net(flow), net(meant)
+    try:
+        compiled(model)(maps()).sum().backward()
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        return
+    right(maps()).sum().backward()
+    for (name, p), q in zip(model.named_parameters(), right.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        equal(p.grad, q.grad, name, GRADIENTS)
 
+
+def test_a_write_to_what_a_layer_has_saved():
     def flow(m, x):
         y = torch.sigmoid(m.a(x))
         z = y * y
         y.mul_(2)
         return m.b(z)
 
-    model = net(flow)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        model(maps()).sum().backward()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        compiled(model)(maps()).sum().backward()
+    refused_or_right(flow, lambda m, x: m.b(torch.sigmoid(m.a(x)) ** 2))
 
 
-def test_a_write_to_a_result_before_backward():
-    """A convolution's result is not needed for its gradients, a ReLU's is."""
-    for flow, allowed in ((lambda m, x: m.a(x), True), (lambda m, x: torch.relu(m.a(x)), False)):
-        gradients = []
-        for run in (lambda m: m, compiled):
-            model = net(flow)
-            made = run(model)(maps())
-            made.mul_(2)
-            if allowed:
-                made.square().sum().backward()
-                gradients.append(model.a.weight.grad)
-                continue
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                made.sum().backward()
-        if allowed:
-            equal(*gradients, "gradient", 2e-5)
+def test_a_write_to_a_result_that_its_layer_has_saved():
+    refused_or_right(lambda m, x: torch.relu(m.a(x)).mul_(2), lambda m, x: torch.relu(m.a(x)) * 2)
+
+
+@pytest.mark.parametrize("layer", [lambda m, x: m.a(x), lambda m, x: torch.relu(m.a(x))])
+def test_a_write_to_a_result_before_backward(layer: Callable[..., Tensor]):
+    """By the caller: a convolution does not need its result, a ReLU does."""
+    gradients = []
+    for run in (lambda m: m, compiled):
+        model = net(layer)
+        made = run(model)(maps())
+        wanted = made.detach().clone() * 2
+        made.mul_(2)
+        equal(made.detach(), wanted)
+        try:
+            (made * torch.linspace(0, 1, 6)).sum().backward()
+            gradients.append(model.a.weight.grad)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+    if len(gradients) == 2:
+        equal(gradients[1], gradients[0], "gradient", GRADIENTS)
 
 
 # -------------------------------------------------------------------------------- writes to inputs

@@ -107,12 +107,6 @@ class Picture(Tensor):
     """A tensor by another name."""
 
 
-DISTRIBUTED = """
-import os, torch.distributed as dist
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0", RANK="0", WORLD_SIZE="1")
-"""
-
-
 def in_a_process_group() -> None:
     """DTensor and FSDP2, compiled: what PyTorch gives."""
     import torch.distributed as dist
@@ -199,6 +193,7 @@ def test_an_expanded_scalar_and_a_view_of_nothing(way: str):
             equal(call(x), model(x))
 
 
+@alone
 def test_meta_and_fake_tensors():
     """Shapes without data give shapes, from PyTorch; never a read."""
     from torch._subclasses import FakeTensorMode
