@@ -86,6 +86,7 @@ def standardised() -> nn.Module:
 
 
 @ways
+@alone
 def test_weight_standardisation(way: str):
     check(standardised(), maps(1, 3, 16, 16), way=way, bound=2e-5)
 

@@ -48,11 +48,13 @@ class Gate(nn.Module):
 
 
 @ways
+@alone
 def test_a_scripted_function(way: str):
     check(net(lambda m, x: m.b(swish(m.a(x)))), maps(), way=way)
 
 
 @ways
+@alone
 def test_a_scripted_function_on_a_map_that_is_read_again(way: str):
     def flow(m, x):
         y = m.a(x)
@@ -63,6 +65,7 @@ def test_a_scripted_function_on_a_map_that_is_read_again(way: str):
 
 @ways
 @pytest.mark.filterwarnings("ignore:`torch.jit")
+@alone
 def test_a_scripted_module(way: str):
     model = net(lambda m, x: m.b(m.gate(m.a(x))), gate=torch.jit.script(Gate()))
     check(model, maps(), way=way)
@@ -70,6 +73,7 @@ def test_a_scripted_module(way: str):
 
 @inference
 @pytest.mark.filterwarnings("ignore:`torch.jit")
+@alone
 def test_a_traced_module(way: str):
     traced = torch.jit.trace(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()), maps(2, 4, 6, 6))
     model = net(lambda m, x: m.b(m.gate(m.a(x))), gate=traced)
