@@ -1,10 +1,12 @@
 # make demo    train a network on handwritten digits, with neocog's own kernels, and look into it
 # make test    the whole test suite
-# make check   what to run before every commit: lint, format, types, fast tests
+# make lint    lint, format and types
+# make check   what to run before every commit: make lint, and the fast tests
 # make bench   how near the kernels come to the machine's peak; results go to benchmarks/
 # make peers   the engines neocog is raced against, into an environment of their own
 # make race    whole networks beside those engines, which takes an hour; results go to benchmarks/
 # make training-race  whole steps of training beside PyTorch and Inductor; results go to benchmarks/
+# make fuzz    random programs through neocog and beside PyTorch; FUZZ_ARGS="--cases 20000 --seed 7"
 # make browser the Chromium that the browser tests drive, from Debian's packages
 # make install only the set-up, which all of the above do by themselves
 #
@@ -24,8 +26,9 @@ PYTHON ?= $(firstword $(foreach p,$(CANDIDATES),$(shell $(p) -c '$(IS_NEW_ENOUGH
 # Two test processes suit the smallest machines; WORKERS=0 runs the tests in one, for a debugger.
 WORKERS ?= 2
 PYTEST_ARGS ?=
+FUZZ_ARGS ?=
 
-.PHONY: install browser demo test check bench peers race training-race clean
+.PHONY: install browser demo test lint check bench peers race training-race fuzz clean
 
 install: $(INSTALLED)
 
@@ -57,15 +60,17 @@ browser:
 test: install browser
 	$(BIN)/python -m pytest -n $(WORKERS) $(PYTEST_ARGS)
 
-check: install
+lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+check: lint
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST_ARGS)
 
 bench: install
-	$(BIN)/neocog bench --blocks --json benchmarks/blocks.json
-	$(BIN)/neocog bench --network --json benchmarks/network.json
+	$(BIN)/neocog bench --blocks --force --json benchmarks/blocks.json
+	$(BIN)/neocog bench --network --force --json benchmarks/network.json
 	$(BIN)/python benchmarks/contract.py --json benchmarks/contract.json
 
 peers: $(PEERS)/.installed
@@ -76,13 +81,18 @@ $(PEERS)/.installed: benchmarks/peers.txt pyproject.toml | $(BIN)/python
 	@touch $@
 
 race: install peers
-	$(BIN)/neocog bench --networks --peers $(PEERS)/bin/python \
+	$(BIN)/neocog bench --networks --force --peers $(PEERS)/bin/python \
 	  --json benchmarks/networks.json --plot benchmarks/networks.png
 
 # Its engines are PyTorch's own: it needs no peers. Inductor needs a C++ compiler.
 training-race: install
-	$(BIN)/neocog bench --training --threads 1,2 \
+	$(BIN)/neocog bench --training --force --threads 1,2 \
 	  --json benchmarks/training.json --plot benchmarks/training.png
+
+# Bounded (400 programs, some minutes) and the same every time; a finding ends in the line that
+# runs it again.
+fuzz: install
+	$(BIN)/python -m fuzz $(FUZZ_ARGS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

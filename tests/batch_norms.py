@@ -112,9 +112,9 @@ class Problem:
             g = g * (2 + y * per_channel(scale) + per_channel(shift))
         distance = y + per_channel(mean)
         slope = np.abs(self.gradients()["gweight"]) * s / count
-        few, many = 16, roundings(self.y.shape) + 16
-        found = {"gbias": FLOAT32.error_bound(many, g.sum(total)),
-                 "gweight": FLOAT32.error_bound(many, s * (g * distance).sum(total))}  # fmt: skip
+        few = 16  # of each term, and of the result: sums themselves are taken in float64
+        found = {"gbias": FLOAT32.error_bound(few, g.sum(total)),
+                 "gweight": FLOAT32.error_bound(few, s * (g * distance).sum(total))}  # fmt: skip
         out = FLOAT32.error_bound(few, g)
         if self.batch:
             size = g + per_channel(g.sum(total) / count) + distance * per_channel(slope)
@@ -123,13 +123,6 @@ class Problem:
         found["out"] = per_channel(scale) * out
         found["residual"] = FLOAT32.error_bound(few, g + np.abs(self.gradients()["residual"]))
         return found
-
-
-def roundings(shape: tuple[int, ...]) -> int:
-    """On the way of a pixel into its work item's sum: those of its line, and of the lines."""
-    batch, _, height, width = shape
-    lines = max(batch * height, -(-batch * height * width // norm_steps.LINE))
-    return max(width, norm_steps.LINE) + -(-lines // norm_steps.ITEMS)
 
 
 # -------------------------------------------------------------------------------------- running

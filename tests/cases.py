@@ -175,6 +175,14 @@ SPREAD: tuple[Case, ...] = (
         "conv n1 c3x1x1 k4 3x3 b2 p2",
     ),
     *_cases(
+        "so large a base dilation that products come first, and are added up where they belong",
+        "conv n2 c5x6x7 k9 3x4 p7,8,9,10 b8x11",
+        "conv n1 c5x3x4 k9 2x3 s3x2 p4 b7x9 d2x3",
+        "conv n2 c6x4x4 k4 3x3 b5 p1 g2",
+        "conv n2 c20x4x3 k20 3x3 b5x6 p2 g20",
+        "conv n0 c3x4x5 k4 3x3 b5 p2",
+    ),
+    *_cases(
         "negative padding cuts positions off",
         "conv n1 c3x7x8 k4 3x3 p-1,0,0,-2",
         "conv n1 c3x7x8 k4 1x1 p-2",

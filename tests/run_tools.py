@@ -15,7 +15,7 @@ from neocog.training import PARTS
 
 MLP = "mlp.safetensors"
 EPOCHS = 40
-KEPT = ["best.safetensors", "config.json", "last.safetensors", "mlp.safetensors"]
+KEPT = ["best.safetensors", "config.json", "last.safetensors", "mlp.safetensors", "pictures.json"]
 
 
 def call(*arguments: object) -> Result:

@@ -124,7 +124,7 @@ def test_results(name, size, always):
     x = torch.randn(1, 3, *size)
     frozen = neocog.freeze(model, x, exact=True)
     (plan,) = frozen.plans
-    last = plan.network.nodes[-1]
+    last = plan.rewritten.runs[-1].network.nodes[-1]
     names = [s.kernel.name for s in plan.natives[0].program.steps if s.about is last]
     assert max(map(names.count, names)) > 1, "it was not computed in bands"
     with torch.no_grad():

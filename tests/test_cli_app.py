@@ -50,7 +50,7 @@ def test_the_version_is_printed():
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (InvalidData("no\nsuch   picture"), "error: no such picture"),
+        (InvalidData("no\nsuch   picture"), "error: no\\nsuch   picture\n"),
         (InvalidModel("a"), "error: a"),
         (InvalidProblem("b"), "error: b"),
         (Unsupported("c"), "error: c"),

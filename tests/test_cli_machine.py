@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import llvmlite
@@ -82,6 +83,20 @@ def test_blocks_are_shown_and_written(tiny: None, tmp_path) -> None:
         assert row["gflops"] > 0 and row["peak_gflops"] > 0
         assert row["share"] == pytest.approx(row["gflops"] / row["peak_gflops"])
     assert os.listdir(tmp_path) == ["rows.json"]
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_no_file_of_rows_is_replaced_unless_told_to(
+    tiny: None, tmp_path: Path, option: str
+) -> None:
+    file = tmp_path / "rows"
+    file.write_text("mine", encoding="utf-8")
+    message = refusal("bench", "--blocks", option, str(file))
+    assert f"{file}: is there already; expected --force to replace it" in message
+    assert f"another name by {option} FILE" in message and file.read_text() == "mine"
+    if option == "--json":
+        printed("bench", "--blocks", "--rounds", "1", option, str(file), "--force")
+        assert json.loads(file.read_text())
 
 
 def test_json_alone_can_be_printed(tiny: None) -> None:

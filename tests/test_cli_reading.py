@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 import tiny
 import torch
 from PIL import Image
-from typer.testing import CliRunner, Result
+from reading_tools import as_json, bar_picture, learned, one, printed, refused
+from typer.testing import CliRunner
 
 from neocog import data, models
 from neocog.checkpoint import BEST, Checkpoint, Header, Preprocessing, load, save
@@ -29,42 +31,10 @@ DIGITS = Header(
 )
 
 
-def call(*arguments: object) -> Result:
-    plain = {"COLUMNS": "200", "FORCE_COLOR": None, "TTY_COMPATIBLE": None}
-    return CliRunner().invoke(build_app(), [*map(str, arguments), "--threads", "1"], env=plain)
-
-
-def printed(*arguments: object) -> str:
-    result = call(*arguments)
-    assert result.exit_code == 0 and result.stderr == "", result.output
-    return result.stdout
-
-
-def as_json(*arguments: object) -> Any:
-    return json.loads(printed(*arguments, "--json"))
-
-
-def refused(*arguments: object) -> str:
-    """The one line on stderr of a call that must fail, which prints nothing else."""
-    result = call(*arguments)
-    assert result.exit_code == 2, (result.output, result.exception)
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), result.stderr
-    assert result.stdout == ""
-    return lines[0].removeprefix("error: ")
-
-
 @pytest.fixture(scope="module")
 def run(tmp_path_factory) -> Path:
     """A run that has learned to tell bars apart, on pictures beside it."""
-    where = tmp_path_factory.mktemp("reading")
-    bars = tiny.folder(where / "bars")
-    result = call(
-        *("train", bars, "--arch", tiny.ARCHITECTURE, "--lr", 0.01, "--batch-size", 16),
-        *("--epochs", 40, "--no-mlp", "--out", where / "run"),
-    )
-    assert result.exit_code == 0, result.output
-    return where / "run"
+    return learned(tmp_path_factory.mktemp("reading"))
 
 
 @pytest.fixture
@@ -93,9 +63,9 @@ def assert_adds_up(found: dict[str, Any], count: int) -> None:
     assert found["accuracy"] == pytest.approx(np.trace(confusion) / count)
     for k, row in enumerate(found["classes"]):
         assert row["count"] == confusion[k].sum()
-        assert row["recall"] == pytest.approx(confusion[k, k] / max(row["count"], 1), abs=1e-6)
-        taken = confusion[:, k].sum()
-        assert row["precision"] == pytest.approx(confusion[k, k] / max(taken, 1), abs=1e-6)
+        for name, of in (("recall", row["count"]), ("precision", confusion[:, k].sum())):
+            share = pytest.approx(confusion[k, k] / of, abs=1e-6) if of else None
+            assert row[name] == share
 
 
 def test_a_run_is_judged_by_its_own_test_pictures(run):
@@ -143,8 +113,38 @@ def test_a_reader_of_digits_is_judged_by_neocogs_own(workplace):
 def test_other_class_names_are_said(run, workplace):
     tiny.folder(Path("bars"), 4)
     Path("bars", "right").rename(Path("bars", "zebra"))
-    (note,) = [n for n in as_json("evaluate", run, "bars")["notes"] if "for the same" in n]
-    assert "(left, middle, right)" in note and "(left, middle, zebra)" in note
+    (note,) = [n for n in as_json("evaluate", run, "bars")["notes"] if "are taken for" in n]
+    assert "classes of bars (zebra) are taken for those of the network (right)" in note
+
+
+def test_classes_are_told_apart_by_name_wherever_they_stand(run, workplace):
+    before = as_json("evaluate", run, tiny.folder(Path("bars"), 8))
+    assert [row["count"] for row in before["classes"]] == [2, 2, 2]
+    Path("bars", "middle").rename(Path("bars", "zebra"))  # now the last of three
+    for extra in sorted(Path("bars", "zebra").iterdir())[4:]:  # 1 of 4 is held out
+        extra.unlink()
+    after = as_json("evaluate", run, "bars")
+    assert [row["name"] for row in after["classes"]] == ["left", "zebra", "right"]
+    assert [row["count"] for row in after["classes"]] == [2, 1, 2]
+    assert after["confusion"][0] == before["confusion"][0]
+    assert after["confusion"][2] == before["confusion"][2]
+
+
+def test_a_score_of_no_pictures_is_not_a_number(run, workplace):
+    """No picture of one class is tested, and none is taken for another."""
+    for part in ("train", "test"):
+        tiny.folder(Path("bars", part), 8)
+    for image in Path("bars", "test", "left").iterdir():
+        image.unlink()
+    Path("bars", "test", "left").rmdir()
+    found = as_json("evaluate", run, "bars")
+    assert_adds_up(found, 16)
+    assert found["classes"][0]["count"] == 0 and found["classes"][0]["recall"] is None
+    never = [row["name"] for row in found["classes"] if row["precision"] is None]
+    text = printed("evaluate", run, "bars")
+    (line,) = [line for line in text.splitlines() if line.startswith("left  ") and "." not in line]
+    assert line.split()[:3] == ["left", "0", "–"]
+    assert ("left" in never) == (line.split()[3] == "–")
 
 
 def test_another_number_of_classes_is_refused(run, workplace):
@@ -154,7 +154,11 @@ def test_another_number_of_classes_is_refused(run, workplace):
     Path("bars", "right").rmdir()
     message = refused("evaluate", run, "bars")
     assert message == f"{run / BEST}: tells 3 classes apart, bars has 2 (left, middle)"
-    assert "tells 3 classes apart, digits has 10" in refused("evaluate", run / BEST)
+    Path("bars", "new").mkdir()
+    Image.fromarray(bar_picture(0)).save("bars/new/1.png")
+    tiny.folder(Path("bars"), 4)
+    message = refused("evaluate", run, "bars")
+    assert message.endswith("bars has 4 (left, middle, new, right); new is none of the network's")
 
 
 def test_a_model_of_other_channels_is_refused(workplace):
@@ -164,7 +168,7 @@ def test_a_model_of_other_channels_is_refused(workplace):
     message = refused("evaluate", model)
     assert message == f"{model}: takes 2 channels, pictures give 1 (grey) or 3 (colour)"
     tiny.folder(Path("bars"), 1)
-    assert "the network takes 2" in refused("predict", model, "bars")
+    assert refused("predict", model, "bars") == message
 
 
 def test_weights_of_no_use_are_refused(workplace):
@@ -219,20 +223,6 @@ def test_of_many_classes_the_worst_confusions_are_listed(capsys, monkeypatch):
 
 
 # --- predict
-
-
-def bar_picture(label: int) -> np.ndarray:
-    """uint8 [12, 12]: a picture that no run has seen, its bar clear of the border.
-
-    (A bright bar along the border can pass for a light background, and is inverted.)
-    """
-    images, labels = tiny.pictures(5, seed=77)
-    return next(image for image in images[labels == label] if image[:, [0, -1]].max() < 100)
-
-
-def one(model: Path, path: Path | str, *more: object) -> dict[str, Any]:
-    (found,) = as_json("predict", model, path, *more)
-    return found
 
 
 @pytest.mark.parametrize("label", range(3))
@@ -355,7 +345,8 @@ def test_the_examples_of_a_run_are_read_as_the_run_has_read_them(run):
     ("arguments", "message"),
     [
         ("cut.png", "cut.png: damaged or truncated picture ("),
-        ("good.png cut.png", "cut.png: damaged or truncated picture ("),
+        ("good.png cut.png --strict", "1 of 2 pictures cannot be read: cut.png: damaged or trun"),
+        ("cut.png empty", "2 of 2 pictures cannot be read: cut.png: damaged or truncated picture"),
         ("text.txt", "text.txt: not a picture in any format that can be read (11 bytes)"),
         ("hollow.png", "hollow.png: not a picture in any format that can be read (0 bytes)"),
         ("nan.tiff", "nan.tiff: its values reach from nan to nan, expected 0 to 1"),
@@ -374,6 +365,32 @@ def test_bad_input_to_predict_is_refused_in_one_line(run, workplace, arguments, 
     Path("cut.png").write_bytes(Path("good.png").read_bytes()[:-40])
     Image.fromarray(np.full((5, 5), np.nan, dtype=np.float32)).save("nan.tiff")
     assert message in refused("predict", run, *arguments.split())
+
+
+def test_what_cannot_be_read_is_listed_and_left_out(run, workplace):
+    Path("some").mkdir()
+    for n in (1, 3):
+        Image.fromarray(bar_picture(n % 3)).save(f"some/{n}.png")
+    Path("some", "2.png").write_text("no picture")
+    os.mkfifo("some/4.png")
+    found = as_json("predict", run, "some", "gone.png")
+    assert [row["image"] for row in found] == [*(f"some/{n}.png" for n in (1, 2, 3, 4)), "gone.png"]
+    assert [row["error"] for row in found] == [
+        None,
+        "some/2.png: not a picture in any format that can be read (10 bytes)",
+        None,
+        "some/4.png: is a pipe, expected a picture",
+        "gone.png: no such file or folder",
+    ]
+    assert [row["top"] for row in found] == [
+        row["top"] if row["error"] is None else [] for row in found
+    ]
+    for row, label in ((found[0], 1), (found[2], 0)):
+        assert row["top"][0]["class"] == tiny.CLASSES[label]
+    text = printed("predict", run, "some", "gone.png").splitlines()
+    at = text.index("some/2.png")
+    assert text[at + 1] == "  left out: not a picture in any format that can be read (10 bytes)"
+    assert text[-1] == "note: 3 of 5 pictures cannot be read, left out"
 
 
 FACTORY = """

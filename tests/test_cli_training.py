@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import pytest
 import tiny
 from PIL import Image
 from run_tools import KEPT, MLP, content, done, metrics_of, options, refused
+from typer.testing import CliRunner
 
 from neocog.checkpoint import BEST, LAST, load
+from neocog.cli import build_app
 from neocog.runs import Run
 
 
@@ -54,8 +57,9 @@ def test_a_run_leaves_all_that_it_promises(bars, workplace):
     assert load(folder / LAST).header.epoch == 40
     for heading in ("network", "perceptron", "shifted by", "4 pixels", "Next:"):
         assert heading in result.stdout
-    for command in ("evaluate run", "summary run", "predict run", "explain run"):
-        assert f" {command}" in result.stdout
+    commands = result.stdout.splitlines()[-4:]
+    for command, line in zip(("evaluate", "summary", "predict", "explain"), commands, strict=True):
+        assert f" {command} run" in line
     for page in pages:
         text = (folder / page).read_text(encoding="utf-8")
         assert page in result.stdout and '"serve": false' in text
@@ -73,6 +77,35 @@ def test_the_options_are_what_is_trained_with(bars, workplace):
     metrics = metrics_of(workplace / "run")
     assert (metrics["seed"], len(metrics["history"]), metrics["mlp_test_accuracy"]) == (11, 2, None)
     assert set(metrics["shifted"]["4"]) == {"cnn"} and not Path("run", MLP).exists()
+
+
+@pytest.mark.parametrize("name", ["my run's", "-run"])
+def test_the_last_lines_are_commands_that_can_be_typed(bars, workplace, name):
+    result = done(*options(bars, epochs=1), "--no-mlp", f"--out={name}")
+    lines = result.stdout.splitlines()[-4:]
+    for line, command in zip(lines, ("evaluate", "summary", "predict", "explain"), strict=True):
+        words = shlex.split(line)
+        arguments = words[words.index(command) :]
+        assert Path(arguments[1]) == Path(name)
+        typed = CliRunner().invoke(build_app(), arguments)
+        assert typed.exit_code == 0, (line, typed.output)
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_the_run_goes_on(workplace):
+    bars = tiny.folder(Path("mine"))
+    Path("mine", "left", "bad.png").write_text("no picture")
+    where = Path("mine").absolute()
+    reason = f"{where}/left/bad.png: not a picture in any format that can be read (10 bytes)"
+    result = done(*options(bars, epochs=1), "--out", "run")
+    assert result.stdout.splitlines()[:2] == [
+        "note: 1 of 61 pictures cannot be read, left out:",
+        f"note: {reason}",
+    ]
+    assert metrics_of(Path("run"))["pictures"]["unreadable"] == 1
+    assert f"note: {reason}" in done("--resume", "run").stdout
+    message = f"1 of 61 pictures cannot be read: {reason}"
+    assert refused("--resume", "run", "--strict") == message
+    assert refused(*options(bars, epochs=1), "--strict") == message
 
 
 def test_distortions_and_engine_are_what_is_trained_with(bars, workplace):

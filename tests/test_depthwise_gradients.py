@@ -15,9 +15,9 @@ from lying import Lying
 from strategies import smallest_fitting
 from torch import Tensor
 
-from neocog import convolutions, reference
+from neocog import reference
 from neocog.convolutions import Weights, convolve_packed, pack, packed_elements
-from neocog.cpu import depthwise_gradient
+from neocog.cpu import ahead
 from neocog.depthwise_gradients import depthwise_weight_gradient_steps
 from neocog.geometry import Window
 from neocog.maps import Halo, halo_of
@@ -163,8 +163,7 @@ def test_other_targets(line: str, target: Target) -> None:
 @pytest.fixture
 def small_caches(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Caches so small that every map comes from memory and is asked for ahead of time."""
-    monkeypatch.setattr(convolutions, "LARGE", 0)
-    monkeypatch.setattr(depthwise_gradient, "LARGE", 0)
+    monkeypatch.setattr(ahead, "LARGE", 0)
     yield
 
 

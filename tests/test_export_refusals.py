@@ -233,3 +233,37 @@ def test_the_error_is_a_share_of_the_largest_answer(got: list[list[float]], erro
 def test_answers_of_another_kind(answers: list[object], message: str) -> None:
     with pytest.raises(NotExported, match=message):
         interchange.largest_error(answering(*answers), [torch.zeros(4, 1)], [[torch.zeros(2)]])
+
+
+def test_no_file_is_replaced_unless_told_to(workplace):
+    assert printed(NETWORK, "--out", "net.pt2").startswith("net.pt2  (")
+    before = Path("net.pt2").read_bytes()
+    message = refused(NETWORK, "--raw", "--out", "net.pt2")
+    assert message == (
+        "net.pt2: is there already; expected --force to replace it, or another name by --out FILE"
+    )
+    assert Path("net.pt2").read_bytes() == before
+    assert "pixels 0..255" in printed(NETWORK, "--raw", "--out", "net.pt2", "--force")
+    assert Path("net.pt2").read_bytes() != before
+
+
+@pytest.mark.skipif(os.name == "nt", reason="NOT TESTED: links and pipes need rights here")
+@pytest.mark.parametrize("force", [(), ("--force",)])
+def test_what_is_no_plain_file_is_never_replaced(workplace, force):
+    os.mkfifo("pipe.onnx")
+    message = refused(NETWORK, "--out", "pipe.onnx", *force)
+    assert message == "--out pipe.onnx: is no plain file, expected a new one"
+    os.symlink("nowhere.onnx", "link.onnx")
+    if not force:
+        assert "link.onnx: is there already" in refused(NETWORK, "--out", "link.onnx")
+
+
+def test_pixels_have_a_file_of_their_own(workplace):
+    printed(NETWORK)
+    before = Path(f"{NETWORK}.onnx").read_bytes()
+    assert printed(NETWORK, "--raw").startswith(f"{NETWORK}-raw.onnx  (")
+    assert Path(f"{NETWORK}.onnx").read_bytes() == before
+    for again in ((), ("--raw",)):
+        name = f"{NETWORK}{'-raw' if again else ''}.onnx"
+        assert refused(NETWORK, *again).startswith(f"{name}: is there already; expected --force")
+    assert before == Path(f"{NETWORK}.onnx").read_bytes()

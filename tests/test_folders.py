@@ -1,5 +1,7 @@
 """Folders of class folders: layouts, sizes, colours, notes, and what cannot be used."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -212,12 +214,74 @@ def test_folders_that_cannot_be_used(tmp_path, fill, message):
     assert "\n" not in str(caught.value)
 
 
-def test_a_truncated_picture_is_named(tmp_path):
-    write_pictures(tmp_path, {"a": 3, "b": 3}, (60, 60))
-    path = tmp_path / "b" / "1.png"
-    path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(InvalidData, match=r"b/1\.png: damaged or truncated picture \(.+\)"):
+def test_pictures_that_cannot_be_read_are_listed_and_left_out(tmp_path):
+    """Some fail at their header, one further on; none has a say in size or colour."""
+    write_pictures(tmp_path, {"a": 3, "b": 3}, (6, 5))
+    whole = load(tmp_path)
+    colour = tmp_path / "b" / "cut.png"
+    Image.fromarray(noise(60, 60, 3)).save(colour)
+    colour.write_bytes(colour.read_bytes()[:2000])
+    (tmp_path / "a" / "none.png").write_bytes(b"")
+    os.mkfifo(tmp_path / "a" / "pipe.png")
+    (tmp_path / "a" / "gone.png").symlink_to("nowhere.png")
+    data = load(tmp_path)
+    assert data.in_shape == whole.in_shape == (1, 6, 5)
+    for part in ("train", "val", "test"):
+        assert torch.equal(getattr(data, part).images, getattr(whole, part).images)
+        assert torch.equal(getattr(data, part).labels, getattr(whole, part).labels)
+    reasons = [
+        "a/gone.png: is a link to a file that is not there, expected a picture",
+        "a/none.png: not a picture in any format that can be read (0 bytes)",
+        "a/pipe.png: is a pipe, expected a picture",
+        "b/cut.png: damaged or truncated picture (",
+    ]
+    assert len(data.unreadable) == 4
+    for line, reason in zip(data.unreadable, reasons, strict=True):
+        assert line.startswith(f"{tmp_path}/{reason}")
+    assert data.notes[:5] == ("4 of 10 pictures cannot be read, left out:", *data.unreadable)
+    with pytest.raises(InvalidData, match="4 of 10 pictures cannot be read: ") as caught:
+        load(tmp_path, strict=True)
+    assert all(line in str(caught.value) for line in data.unreadable)
+    assert load(tmp_path, colour=True).notes[5:] == load(tmp_path / ".", colour=True).notes[5:]
+
+
+def test_a_class_or_a_part_without_a_readable_picture_is_refused(tmp_path):
+    for part in ("train", "test"):
+        write_pictures(tmp_path / part, {"a": 2, "b": 1})
+    (tmp_path / "test" / "b" / "0.png").write_text("text")
+    assert load(tmp_path).test.labels.tolist() == [0, 0]
+    (tmp_path / "test" / "a" / "0.png").write_text("text")
+    (tmp_path / "test" / "a" / "1.png").write_text("text")
+    with pytest.raises(InvalidData, match=r"test is left without a picture: .*a/0\.png: .*a/1"):
         load(tmp_path)
+    Image.new("L", (6, 5)).save(tmp_path / "test" / "a" / "0.png")
+    (tmp_path / "train" / "b" / "0.png").write_text("text")
+    with pytest.raises(InvalidData, match=r"class b is left without a picture: .*b/0\.png: not a"):
+        load(tmp_path)
+    for path in tmp_path.glob("t*/*/*.png"):
+        path.write_text("text")
+    with pytest.raises(InvalidData, match="6 of 6 pictures cannot be read: "):
+        load(tmp_path)
+
+
+def test_tiffs_that_lie_on_their_side_have_the_size_they_are_read_in(tmp_path):
+    """The common size is theirs: what was probed wrongly would not fit where it is decoded to."""
+    for name, orientation in (("a", 6), ("b", 8)):
+        (tmp_path / name).mkdir()
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for number in range(3):
+            image = Image.fromarray(noise(4, 9))
+            image.save(tmp_path / name / f"{number}.tif", exif=exif)
+    data = load(tmp_path)
+    assert data.in_shape == (1, 9, 4)
+    assert data.notes[0] == "6 pictures: turned upright as its EXIF orientation says"
+
+
+def test_names_that_are_no_text_are_spelled_out(tmp_path):
+    write_pictures(tmp_path, {"a": 3, "b": 3})
+    os.rename(tmp_path / "b", os.fsencode(tmp_path) + b"/b\xff\xec")
+    assert load(tmp_path).classes == ("a", "b\\xff\\xec")
 
 
 def test_a_set_too_large_for_memory_is_refused_before_it_is_decoded(tmp_path, monkeypatch):

@@ -134,7 +134,8 @@ def flow_graph() -> LiveGraph:
     def graph(x, w, b):
         return (F.relu(F.conv2d(x, w, b, padding=1)),)
 
-    return LiveGraph(graph, {"strict": False, "exact": False, "tune": False})
+    options = {"strict": False, "exact": False, "tune": False}
+    return LiveGraph(torch.fx.symbolic_trace(graph), options)
 
 
 def test_weights_of_several_shapes_through_one_graph():
@@ -171,14 +172,41 @@ def test_two_threads_with_weights_of_their_own_through_one_graph():
     assert not wrong
 
 
+def averaged(flow, x, **layers) -> list[int]:
+    """Of the layers of a network, in the order in which they are computed."""
+    (plan,) = neocog.freeze(tn.ready(net(flow, **layers)), x).plans
+    return [n.op.averaged for n in plan.rewritten.nodes if isinstance(n.op, Layer)]
+
+
 def test_what_a_residual_returns_is_not_averaged():
     """The values of the first layer are returned as they are, beside the second layer's sums."""
 
     def flow(m, x):
         y = m.first(x)
-        return y + m.second(y), m.third(m.second(m.first(x)))
+        return y + m.second(y), m.head(m.third(m.second(m.first(x))).flatten(1))
 
     layers = {"first": tn.conv(64, 64), "second": tn.conv(64, 64), "third": tn.conv(64, 8)}
-    (plan,) = neocog.freeze(tn.ready(net(flow, **layers)), torch.randn(1, 64, 12, 12)).plans
-    found = [n.op.averaged for n in plan.network.nodes if isinstance(n.op, Layer)]
-    assert sorted(found) == [0, 0, 0, 576, 576]
+    head = nn.Linear(8 * 12 * 12, 10)
+    found = averaged(flow, torch.randn(1, 64, 12, 12), **layers, head=head)
+    assert sorted(found) == [0, 0, 576, 576, 8 * 12 * 12]
+
+
+def test_sums_that_make_a_map_average_nothing():
+    """Each value of a map that is returned shows what errors there were before it."""
+    x, layers = torch.randn(1, 64, 12, 12), (tn.conv(64, 64), tn.conv(64, 32))
+    ends = {
+        "map": lambda m, y: y,
+        "mean": lambda m, y: F.adaptive_avg_pool2d(y, 1).flatten(1),
+        "linear": lambda m, y: m.linear(F.adaptive_avg_pool2d(y, 1).flatten(1)),
+        "pixel": lambda m, y: m.pixel(F.adaptive_avg_pool2d(y, 1)),
+        "both": lambda m, y: (m.linear(y.mean((2, 3))), y),
+    }
+    parts = {"first": layers[0], "second": layers[1], "linear": nn.Linear(32, 5),
+             "pixel": nn.Conv2d(32, 5, 1)}  # fmt: skip
+    found = {
+        name: averaged(lambda m, x, end=end: end(m, m.second(m.first(x))), x, **parts)[:2]
+        for name, end in ends.items()
+    }
+    assert found == {
+        "map": [0, 0], "mean": [0, 0], "linear": [576, 32], "pixel": [576, 32], "both": [0, 0],
+    }  # fmt: skip

@@ -1,7 +1,9 @@
 """IDX files: every name they go by, and every way they can be broken."""
 
 import gzip
+import os
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -103,7 +105,7 @@ IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
     [
         (IMAGES, idx(TRAIN)[:-1], r"truncated, 615 bytes found, expected count\*rows\*cols \+ 16 ="
          r" 20\*6\*5 \+ 16 = 616"),
-        (IMAGES, idx(TRAIN) + b"\0", r"too long, 617 bytes found, expected .* = 616"),
+        (IMAGES, idx(TRAIN) + b"\0", r"too long, more than 616 bytes found, expected .* = 616"),
         (IMAGES, idx(TRAIN)[:7], "truncated, 7 bytes where the header takes 16"),
         (IMAGES, b"", "truncated, 0 bytes where the header takes 16"),
         (IMAGES, idx(noise(20, 30)), r"starts with 0x00000802, expected 0x00000803 \(IDX images"),
@@ -123,6 +125,43 @@ def test_broken_idx_files(tmp_path, name, content, message):
         load(broken_idx(tmp_path, name, content))
     assert "\n" not in str(caught.value)
     assert "expected at least 2" in message or name in str(caught.value)
+
+
+def test_no_more_is_unpacked_than_the_header_says(tmp_path):
+    """64 MiB of zeros, packed into 64 KiB, behind a header that says 600 bytes."""
+    write_idx(tmp_path, TRAIN, TRAIN_LABELS, packed=True)
+    bomb = gzip.compress(idx(TRAIN) + bytes(2**26), compresslevel=1)
+    (tmp_path / f"{IMAGES}.gz").write_bytes(bomb)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidData, match=r"too long, more than 616 bytes found, expected"):
+            load(tmp_path)
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_header_is_not_believed_before_its_bytes_are_there(tmp_path):
+    for count, message in (
+        (2**20, "truncated, 616 bytes found"),
+        (2**31, "at most 8589934592 are"),
+    ):
+        lying = struct.pack(">4I", 0x803, count, 64, 64) + TRAIN.tobytes()
+        tracemalloc.start()
+        try:
+            with pytest.raises(InvalidData, match=message):
+                load(broken_idx(tmp_path, IMAGES, lying))
+            assert tracemalloc.get_traced_memory()[1] < 2**23
+        finally:
+            tracemalloc.stop()
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    write_idx(tmp_path, TRAIN, TRAIN_LABELS)
+    (tmp_path / LABELS).unlink()
+    os.mkfifo(tmp_path / LABELS)
+    with pytest.raises(InvalidData, match=f"{LABELS}: is a pipe, expected an IDX file"):
+        load(tmp_path)
 
 
 def test_idx_files_that_do_not_go_together(tmp_path):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import re
+import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -25,6 +27,7 @@ from neocog import models
 from neocog.cli import build_app
 from neocog.errors import InvalidProblem
 from neocog.scenes import record
+from neocog.web import server
 from neocog.web.page import Page, make_page
 from neocog.web.payload import About, payload
 from neocog.web.server import Server
@@ -242,6 +245,78 @@ def test_other_requests_find_nothing(served: tuple[Page, str], path: str) -> Non
     assert found.value.code == 404
 
 
+def answered(url: str, request: bytes) -> bytes:
+    """All that the server says to some bytes, until it hangs up."""
+    host, port = url.removeprefix("http://").strip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as line:
+        line.sendall(request)
+        line.shutdown(socket.SHUT_WR)
+        return b"".join(iter(lambda: line.recv(2**16), b""))
+
+
+HOSTILE = {
+    b"GET /map/" + b"1" * 5000: 404,
+    b"GET /kernel/1/" + b"9" * 5000: 404,
+    b"GET /kernel/" + b"9" * 5000 + b"/1": 404,
+    b"GET /map/" + b"0" * 60_000: 404,
+    b"GET /map/" + b"1" * 70_000: 414,
+    b"GET /map/999999999": 404,
+    b"GET /map/9999999999": 404,
+    b"GET /kernel/1/999999999": 404,
+    b"GET /map/-1": 404,
+    b"GET /map/+1": 404,
+    b"GET /map/1e3": 404,
+    b"GET /map/0x1": 404,
+    b"GET /map/1.0": 404,
+    b"GET /map/1?a": 404,
+    b"GET /map/1#a": 404,
+    b"GET /map/": 404,
+    b"GET /map": 404,
+    b"GET /map/%31": 404,
+    b"GET /kernel/1": 404,
+    b"GET /kernel/1/": 404,
+    "GET /map/\u0661".encode(): 404,
+    "GET /map/\u00b2".encode("latin-1"): 404,
+    "GET /map/\uff11".encode(): 404,
+    b"GET /map/\xff\xfe": 404,
+    b"GET /map/\x00": 404,
+    b"GET http://127.0.0.1/map/1": 404,
+    b"GET / /": 400,
+    b"\x16\x03\x01": 400,
+    b"POST /map/1": 501,
+}
+
+
+@pytest.mark.parametrize("request_line", HOSTILE, ids=lambda line: ascii(line[:30]))
+def test_hostile_requests_are_answered_and_nothing_is_printed(
+    served: tuple[Page, str], request_line: bytes, capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = served[1]
+    answer = answered(url, request_line + b" HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    status = re.search(rb"^(?:HTTP/1.[01] |Error code: )(\d+)", answer, re.M)
+    status = status or re.search(rb"Error code: (\d+)", answer)
+    assert status is not None and int(status.group(1)) == HOSTILE[request_line], answer[:200]
+    assert fetched(f"{url}map/0")  # it goes on
+    assert capfd.readouterr() == ("", "")
+
+
+def test_who_leaves_or_says_nothing_is_no_error(
+    served: tuple[Page, str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    url = served[1]
+    host, port = url.removeprefix("http://").strip("/").split(":")
+    reset = struct.pack("ii", 1, 0)
+    for said in (b"", b"GET /", b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+        line = socket.create_connection((host, int(port)), timeout=20)
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+        line.sendall(said)
+        line.close()
+    assert fetched(url)
+    assert answered(url, b"") == b""
+    assert capfd.readouterr() == ("", "")
+    assert server._Handler.timeout == server.PATIENCE > 0
+
+
 def test_the_server_answers_under_its_own_name_only(served: tuple[Page, str]) -> None:
     with pytest.raises(urllib.error.HTTPError) as found:
         fetched(served[1], Host="evil.example")
@@ -303,6 +378,23 @@ def test_the_page_never_replaces_the_picture(workplace: Path) -> None:
     result = call("4C3-P2-10", "digit.png", "--out", "digit.png")
     assert result.exit_code == 2 and "would overwrite digit.png" in result.stderr
     assert Path("digit.png").read_bytes() == before
+
+
+def test_a_page_replaces_no_file_unless_told_to(workplace: Path) -> None:
+    Path("test-7.html").write_text("mine", encoding="utf-8")
+    result = call("4C3-P2-10", "test:7", "--no-times")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == (
+        "error: test-7.html: is there already; expected --force to replace it, or another name by "
+        "--out FILE\n"
+    )
+    for more in (["--out", "test-7.html"], ["--out", "./test-7.html"]):
+        assert call("4C3-P2-10", "test:7", "--no-times", *more).exit_code == 2
+    assert Path("test-7.html").read_text(encoding="utf-8") == "mine"
+    place = ("--layer", "1", "--channel", "0", "--at", "0,0")
+    assert call("4C3-P2-10", "test:7", *place).exit_code == 0  # writes none
+    assert call("4C3-P2-10", "test:7", "--no-times", "--force").exit_code == 0
+    assert "neocog" in Path("test-7.html").read_text(encoding="utf-8")
 
 
 def test_a_network_that_does_not_fit_is_shown_as_far_as_it_goes(workplace: Path) -> None:

@@ -27,6 +27,10 @@ FUNCTIONS = {
 """Functions offered here, and the module of each."""
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     # Importing torch takes a second or two: only who asks for a module pays for it.
     if name in FUNCTIONS:

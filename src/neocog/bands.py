@@ -16,6 +16,7 @@ from .cpu import elementwise
 from .geometry import Window
 from .kernels import kernel
 from .maps import Halo, Map, clear_halo, scratch_map
+from .maps import row_of as row_of
 from .problem import Conv
 from .program import Place, Program
 from .target import Target
@@ -179,11 +180,6 @@ def emit(
             if not last:
                 out = row_of(kept[number].map, rows.start - band[number + 1].first)
             layer(number, rows.conv(conv), x, out, rows.start)
-
-
-def row_of(m: Map, row: int) -> Map:
-    """The map from a row on, which may be one of its halo."""
-    return replace(m, place=m.place + row * m.row)
 
 
 def _keep(p: Program, target: Target, conv: Conv, halo: Halo, rows: int) -> _Kept:

@@ -12,7 +12,8 @@ Files are written beside their place and renamed into it (:mod:`neocog.files`).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,10 +26,14 @@ from . import models
 from .errors import InvalidModel, NeocogError
 from .factories import check_tensors, from_factory, is_factory, read_weights
 from .files import read_safetensors, write_atomically
+from .foreign import readable
+from .headers import Fields, check_history, read_object
 
 FORMAT = 1
 BEST, LAST = "best.safetensors", "last.safetensors"
 RESUME = "resume/"
+BACKGROUNDS = ("dark", "light", "mixed")
+_LARGE = 1e30
 
 
 @dataclass(frozen=True)
@@ -84,27 +89,48 @@ class Header:
     @staticmethod
     def from_json(text: str) -> Header:
         """The header that :meth:`to_json` wrote; InvalidModel if it is none."""
-        try:
-            values = json.loads(text)
-            version = values.pop("format")
-            if version != FORMAT:
-                raise InvalidModel(f"is of format {version!r}, this neocog reads format {FORMAT}")
-            preprocessing = values.pop("preprocessing")
-            header = Header(
-                preprocessing=Preprocessing(
-                    mean=tuple(map(float, preprocessing.pop("mean"))),
-                    std=tuple(map(float, preprocessing.pop("std"))),
-                    **preprocessing,
-                ),
-                in_shape=tuple(map(int, values.pop("in_shape"))),  # type: ignore[arg-type]
-                classes=tuple(map(str, values.pop("classes"))),
-                **values,
+        with _metadata():
+            values = Fields(read_object(text))
+            version = values.whole("format")
+            if version == FORMAT:
+                return _header(values)
+        raise InvalidModel(f"is of format {version}, this neocog reads format {FORMAT}")
+
+
+def _header(values: Fields) -> Header:
+    channels, height, width = values.sizes("in_shape", 3)
+    how = values.object("preprocessing")
+    mean, std = how.numbers("mean", -_LARGE, _LARGE), how.numbers("std", 1 / _LARGE, _LARGE)
+    for name, numbers in (("mean", mean), ("std", std)):
+        if len(numbers) not in (1, channels):
+            raise InvalidModel(
+                f"preprocessing.{name} has {len(numbers)} numbers for {channels} channels"
             )
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            if isinstance(error, InvalidModel):
-                raise
-            raise InvalidModel(f"has metadata that cannot be read ({error!r})") from error
-        return header
+    background = how.text("background") if "background" in how else "mixed"
+    if background not in BACKGROUNDS:
+        known = ", ".join(BACKGROUNDS)
+        raise InvalidModel(f"preprocessing.background is {background!r:.40}, expected {known}")
+    digit_like = how.flag("digit_like") if "digit_like" in how else False
+    how.end()
+    header = Header(
+        architecture=values.text("architecture"),
+        in_shape=(channels, height, width),
+        preprocessing=Preprocessing(mean, std, background, digit_like),
+        classes=values.texts("classes"),
+        epoch=values.whole("epoch") if "epoch" in values else 0,
+        accuracy=values.number("accuracy", 0, 1) if "accuracy" in values else 0.0,
+    )
+    values.end()
+    return header
+
+
+@contextmanager
+def _metadata() -> Iterator[None]:
+    """Lets an InvalidModel say where the value that is wrong stands."""
+    try:
+        yield
+    except InvalidModel as error:
+        raise InvalidModel(f"has metadata that cannot be read ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -171,7 +197,7 @@ def load(path: Path) -> Checkpoint:
         )
     try:
         header = Header.from_json(metadata["neocog"])
-        resume = json.loads(metadata.get("resume", "{}"))
+        resume = _resume(metadata.get("resume"))
     except ValueError as error:
         raise InvalidModel(f"{path}: {error}") from error
     return Checkpoint(
@@ -184,6 +210,15 @@ def load(path: Path) -> Checkpoint:
         },
         resume,
     )
+
+
+def _resume(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    with _metadata():
+        values = read_object(text)
+        check_history(Fields(values))
+    return values
 
 
 def load_model(spec: str, weights: Path | None = None) -> LoadedModel:
@@ -207,7 +242,7 @@ def load_model(spec: str, weights: Path | None = None) -> LoadedModel:
     if is_factory(spec):
         return _from_factory(spec, weights)
     raise InvalidModel(
-        f"model {spec!r}: no such file or folder; expected a run directory, a checkpoint "
+        f"model '{readable(spec)}': no such file or folder; expected a run directory, a checkpoint "
         "(.safetensors) or package.module:factory"
     )
 
@@ -273,7 +308,10 @@ def _from_factory(spec: str, weights: Path | None) -> LoadedModel:
     if weights is not None:
         metadata, tensors = read_weights(weights)
         if "neocog" in metadata:
-            header = Header.from_json(metadata["neocog"])
+            try:
+                header = Header.from_json(metadata["neocog"])
+            except InvalidModel as error:
+                raise InvalidModel(f"{weights}: {error}") from error
         tensors = {k: value for k, value in tensors.items() if not k.startswith(RESUME)}
         check_tensors(model, tensors, weights, spec)
         model.load_state_dict(tensors)

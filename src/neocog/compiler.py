@@ -7,13 +7,27 @@ Every function here takes a problem and the layouts of the tensors around it and
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 
+from . import strided
 from .convolutions import Weights, convolve
 from .cpu import epilogue as ep
 from .errors import Unsupported
-from .maps import Halo, Map, clear_halo, copy_out, deliver, halo_of, read, scratch_map, written
+from .maps import (
+    Halo,
+    Map,
+    clear_halo,
+    copy_out,
+    deliver,
+    read,
+    read_rows,
+    scratch_map,
+    too_far,
+    written,
+)
 from .pools import pool_steps, unpool
-from .problem import Act, Add, Affine, Bias, Block, Pool, Pooling
+from .problem import Act, Add, Affine, Bias, Block, Conv, Pool, Pooling, Step
 from .program import Place, Program
 from .target import Target, host
 from .weight_gradients import weight_gradient_steps
@@ -41,12 +55,15 @@ def forward(
     params = ep.parameters(block.epilogue)
     extras = [*params, *(["residual"] if ep.adds_residual(block.epilogue) else [])]
     p = Program(("x", "w", *extras, "out", *saved_names(block, save)))
-    x = read(p, target, p.buffer("x"), x_layout, conv.in_shape, halo_of(conv))
+    weights = Weights.of(p.buffer("w"), w_strides, conv)
+    if strided.prefers(conv, weights):
+        x = read(p, target, p.buffer("x"), x_layout, conv.in_shape)
+    else:
+        x, conv = read_rows(p, target, p.buffer("x"), x_layout, conv)
     out = written(p, p.buffer("out"), out_layout, block.out_shape)
     fields: dict[str, Place | int] = {name: p.buffer(name) for name in params}
     if "residual" in extras:
         fields |= Map.dense(p.buffer("residual"), *block.conv_shape[1:]).fields("residual")
-    weights = Weights.of(p.buffer("w"), w_strides, conv)
     epilogue, winners = block.epilogue, None
     if pooled is not None and "before" in p.names:
         before = Map.dense(p.buffer("before"), *block.conv_shape[1:])
@@ -55,7 +72,7 @@ def forward(
     else:
         if "winners" in p.names:
             winners = Map.dense(p.buffer("winners"), *block.out_shape[1:])
-        convolve(p, target, conv, x, weights, out, epilogue, winners, fields)
+        _convolve(p, target, conv, x, weights, out, epilogue, winners, fields)
     deliver(p, target, out, p.buffer("out"), out_layout, block.out_shape)
     return p
 
@@ -93,7 +110,8 @@ def backward(
     names = ["grad", "x", "w", "result", "winners", *(f"g{n}" for n in needs)]
     p = Program(tuple(names))
     adjoint = conv.grad_input() if "x" in needs else None
-    halo = halo_of(adjoint) if adjoint else Halo()
+    weights = Weights.of(p.buffer("w"), w_strides, conv).adjoint()
+    halo = strided.halo(adjoint, weights) if adjoint else Halo()
     if pooled is None and act.name == "identity":
         # Its own copy: the weight gradient reads whole vectors, also behind the last channel.
         g = read(p, target, p.buffer("grad"), grad_layout, block.conv_shape, halo, own=True)
@@ -101,11 +119,10 @@ def backward(
         g = _undo_epilogue(p, target, block, act, (grad_layout, result_layout), halo)
     if adjoint:
         out = written(p, p.buffer("gx"), gx_layout, conv.in_shape)
-        weights = Weights.of(p.buffer("w"), w_strides, conv).adjoint()
-        convolve(p, target, adjoint, g, weights, out)
+        _convolve(p, target, adjoint, g, weights, out)
         deliver(p, target, out, p.buffer("gx"), gx_layout, conv.in_shape)
     if "w" in needs or "bias" in needs:
-        x = read(p, target, p.buffer("x"), x_layout, conv.in_shape, halo_of(conv))
+        x, conv = read_rows(p, target, p.buffer("x"), x_layout, conv)
         # Exact, as the forward pass: by kernels that serve every size once they are compiled.
         weight_gradient_steps(p, target, conv, x, g, needs, exact=True)
     if "residual" in needs:
@@ -113,8 +130,22 @@ def backward(
     return p
 
 
+def _convolve(
+    p: Program, target: Target, conv: Conv, x: Map, weights: Weights, out: Map,
+    epilogue: tuple[Step, ...] = (), winners: Map | None = None,
+    extra: Mapping[str, Place | int] = MappingProxyType({}),
+) -> None:  # fmt: skip
+    if strided.prefers(conv, weights):
+        strided.convolve(p, target, conv, x, weights, out, epilogue, extra)
+    else:
+        convolve(p, target, conv, x, weights, out, epilogue, winners, extra)
+
+
 def _check_computable(block: Block) -> None:
     """Unsupported for blocks that no kernel computes."""
+    reason = None if _is_spread(block) else too_far(block.conv)
+    if reason:
+        raise Unsupported(reason)
     ep.check_supported(block.epilogue)
     whole = [s for s in block.epilogue if isinstance(s, Add | Pooling)]
     if whole and _is_spread(block):

@@ -120,7 +120,7 @@ def _winograd_weights(run: Run) -> int:
 
     frozen = run.func if isinstance(run, functools.partial) else run
     assert isinstance(frozen, Frozen)
-    packed = frozen.plans[-1].parameters.packed
+    packed = frozen.weights.packed
     return sum(w.nbytes for key, w in packed.items() if key.algorithm in WINOGRAD)
 
 
@@ -348,7 +348,9 @@ class Contender:
 
         frozen = self.run.func if isinstance(self.run, functools.partial) else self.run
         assert isinstance(frozen, Frozen)
-        asked = sum(node.multiply_adds for node in frozen.plans[-1].network.nodes)
+        made = frozen.plans[-1].rewritten
+        assert made is not None, frozen.plans[-1].report
+        asked = sum(node.multiply_adds for node in made.nodes)
         return {"peak": processor_peak(self.task.threads), "multiply_adds": asked}
 
     def memory(self) -> dict[str, Any]:

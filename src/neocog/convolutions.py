@@ -7,18 +7,17 @@ of the taps (:meth:`neocog.geometry.Window.phases`).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
-from .cpu import copy, depthwise, direct
-from .cpu.ahead import LARGE
-from .cpu.tiling import Reads, all_sizes, best_blocks, cover, even_sizes, most_pixels
+from . import depthwise_steps
+from .cpu import copy, direct, elementwise
+from .cpu.tiling import all_sizes, best_blocks, cover, even_sizes, most_pixels
 from .geometry import Phase
-from .kernels import copy_kernel, kernel
-from .maps import Map
+from .kernels import copy_kernel, kernel, serves_any_size
+from .maps import Map, clear, residual_map
 from .problem import Add, Block, Conv, Pool, Step
 from .program import Place, Program
 from .target import Target
@@ -270,28 +269,29 @@ def convolve_packed(
     if plane and is_depthwise(conv):
         raise ValueError(f"plane: a depthwise layer reads neighbouring channels at once\n{conv}")
     if is_depthwise(conv) and pooled is None and not any_size and conv.batch:
-        (rows, _), (cols, _) = _reads(conv)
-        if depthwise.serves((rows, cols)):
-            _depthwise(p, target, conv, x, packed, out, epilogue, extra)
+        made = depthwise_steps.convolve(
+            p, target, conv, x, packed, out, epilogue, extra,
+            lambda: kernel(plan_of(target, conv, epilogue)),
+        )  # fmt: skip
+        if made:
             return
-    residual = {"residual": _residual_map(extra)} if "residual" in extra else {}
-    loops = [Loops.of(conv, phase, x, out, *residual.values()) for phase in phases]
-    if pooled is None and len(loops) == 1:
-        merged = loops[0].merged()
-        # Images that stand in for pixels are a step apart that depends on the size of the map.
-        loops = loops if any_size and merged.steps[0][2] != loops[0].steps[0][2] else [merged]
-    plan = _plan(target, conv, loops, epilogue, winners is not None, any_size)
-    channels = plan.channels
-    if plane:
-        plan = replace(plan, channels=1, chunk=0)
-    elif short:
-        plan = replace(plan, chunk=min(plan.channels, SHORT))
+        any_size = depthwise_steps.covers(conv)
+    residual = {"residual": residual_map(extra)} if "residual" in extra else {}
+    maps = (x, out, *residual.values())
+    kind = (epilogue, winners is not None, bool(plane), short)
+    plan, loops = _planned(target, conv, maps, kind, any_size)
+    if not any_size:
+        whole, other = _planned(target, conv, maps, kind, True)
+        if serves_any_size(plan, lambda: _prepare(target, conv, whole)):
+            plan, loops = whole, other
+    channels = conv.in_channels // _groups(conv) if not plan.depthwise else 1
     blocks, tap_size = _groups(conv) * plan.blocks_per_group, plan.channels * plan.width
     planes = [c * plane for c in range(channels // plan.channels)]
     taps, done = sum(len(phase.pairs) for phase in phases) * len(planes), 0
+    empty = _leave_empty(p, target, conv, phases, out, epilogue, extra)
     for phase, loop in zip(phases, loops, strict=True):
-        if not phase.pairs and extra.get("residual") == out.place and epilogue == (Add(),):
-            continue  # nothing is added to what stands there
+        if empty and not phase.pairs:
+            continue
         offsets = [y * x.row + ox * x.pixel + c for _, (y, ox) in phase.pairs for c in planes]
         fields = {
             "x": x.place, "x_group": channels * (plane or 1),
@@ -310,27 +310,47 @@ def convolve_packed(
     p.work += conv.multiply_adds
 
 
-def _depthwise(p: Program, target: Target, conv: Conv, x: Map, packed: Place, out: Map,
-               epilogue: tuple[Step, ...], extra: Mapping[str, Place | int]) -> None:  # fmt: skip
-    (rows, top), (cols, left) = _reads(conv)
-    *_, height, width = conv.out_shape
-    large = math.prod(conv.in_shape) + math.prod(conv.out_shape) > LARGE
-    plan = depthwise.plan_for(
-        target, (rows, cols), (height, width), conv.out_channels, large, epilogue
-    )
-    groups, (tiles, wide) = -(-height // plan.heights[0]), plan.cover(width)
-    p.step(
-        kernel(plan), conv.batch * groups,
-        **replace(x, place=x.place + (top * x.row + left * x.pixel)).fields("x"),
-        w=packed, **out.fields("out"),
-        channels=conv.out_channels, groups=groups, tiles=tiles, wide=wide,
-        **extra,
-    )  # fmt: skip
-    p.work += conv.multiply_adds
+def _planned(
+    target: Target, conv: Conv, maps: Sequence[Map],
+    kind: tuple[tuple[Step, ...], bool, bool, bool], any_size: bool,
+) -> tuple[direct.DirectPlan, list[Loops]]:  # fmt: skip
+    """The plan of a direct convolution, and the loops of its phases over the maps it touches.
+
+    ``kind``: the epilogue, whether winners are kept, planes read, sums cut short.
+    """
+    epilogue, winners, planes, short = kind
+    loops = [Loops.of(conv, phase, *maps) for phase in _phases(conv)]
+    if Block(conv, epilogue).pool is None and len(loops) == 1:
+        merged = loops[0].merged()
+        # Images that stand in for pixels are a step apart that depends on the size of the map.
+        loops = loops if any_size and merged.steps[0][2] != loops[0].steps[0][2] else [merged]
+    plan = _plan(target, conv, loops, epilogue, winners, any_size)
+    if planes:
+        plan = replace(plan, channels=1, chunk=0)
+    elif short:
+        plan = replace(plan, chunk=min(plan.channels, SHORT))
+    return plan, loops
 
 
-def _reads(conv: Conv) -> tuple[tuple[Reads, int], tuple[Reads, int]]:
-    return Reads.of(conv.rows.phases(conv.height)), Reads.of(conv.cols.phases(conv.width))
+def _prepare(target: Target, conv: Conv, plan: direct.DirectPlan) -> None:
+    """Compile what a layer may need for maps of other sizes."""
+    kernel(plan)
+    kernel(elementwise.ElementwisePlan(target, conv.in_channels, "copy"))  # in bands
+
+
+def _leave_empty(
+    p: Program, target: Target, conv: Conv, phases: Sequence[Taps], out: Map,
+    epilogue: tuple[Step, ...], extra: Mapping[str, Place | int],
+) -> bool:  # fmt: skip
+    """Whether phases without taps need no step: nothing is added there, or all is cleared here."""
+    if all(phase.pairs for phase in phases):
+        return False
+    if epilogue == (Add(),) and extra.get("residual") == out.place:
+        return True
+    if epilogue or out.pixel != conv.out_channels:
+        return False
+    clear(p, target, out, conv.out_shape)
+    return True
 
 
 def _tile_fields(p: Program, sizes: tuple[int, ...], cols: int) -> dict[str, Place | int]:
@@ -347,11 +367,6 @@ def _starts(phase: Taps, **maps: Map) -> dict[str, Place | int]:
     """The places of a phase's first output in the maps."""
     row, col = phase.rows.start, phase.cols.start
     return {name: m.place + (row * m.row + col * m.pixel) for name, m in maps.items()}
-
-
-def _residual_map(extra: Mapping[str, Place | int]) -> Map:
-    strides = (cast(int, extra[f"residual_{name}"]) for name in ("image", "row", "pixel"))
-    return Map(cast(Place, extra["residual"]), *strides)
 
 
 def _pooled_step(

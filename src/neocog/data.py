@@ -24,8 +24,9 @@ from PIL import Image
 
 from .errors import InvalidData
 from .folders import read_folder
+from .foreign import text_of
 from .idx import is_idx, read_idx
-from .images import Part, Parts, Size, as_tensor, resized
+from .images import Contents, Part, Size, as_tensor, resized
 from .strokes import FIELD, is_framed
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class DataSet:
             too few pictures to carve it from.
         test: what to report; never used for a choice.
         notes: what was done to the pictures, one sentence each, for the user to read.
+        unreadable: the pictures left out since they cannot be read, a line each: file and reason.
     """
 
     name: str
@@ -73,6 +75,7 @@ class DataSet:
     val: Split | None
     test: Split
     notes: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
 
     @property
     def in_shape(self) -> tuple[int, int, int]:
@@ -139,6 +142,7 @@ def load(
     size: int | Size | None = None,
     colour: bool | None = None,
     seed: int = 0,
+    strict: bool = False,
 ) -> DataSet:
     """Reads a data set.
 
@@ -153,14 +157,16 @@ def load(
             brings pictures of a folder that differ to the most common size.
         colour: ``True`` for 3 channels, ``False`` for 1; ``None`` for as many as the pictures have.
         seed: another seed carves off another validation part. The test part stays.
+        strict: refuse a folder with pictures that cannot be read; else they are left out, and
+            listed in the notes.
 
     Raises:
         InvalidData: one line on what is wrong, naming the file or the argument.
     """
     _check_fractions(val_fraction, test_fraction)
-    parts, classes, notes = _read(path, _as_size(size), colour)
-    name = "digits" if path is None else Path(path).resolve().name
-    return _assemble(name, parts, classes, notes, val_fraction, test_fraction, seed)
+    contents = _read(path, _as_size(size), colour, strict)
+    name = "digits" if path is None else text_of(Path(path).resolve().name)
+    return _assemble(name, contents, val_fraction, test_fraction, seed)
 
 
 def from_arrays(
@@ -190,8 +196,8 @@ def from_arrays(
     if len(set(classes)) != len(classes):
         twice = next(c for c in classes if list(classes).count(c) > 1)
         raise InvalidData(f"classes: {twice!r} stands there twice, expected different names")
-    parts = {"train": (pixels, numbers)}
-    return _assemble(name, parts, list(classes), [], val_fraction, test_fraction, seed)
+    contents = Contents({"train": (pixels, numbers)}, list(classes), [])
+    return _assemble(name, contents, val_fraction, test_fraction, seed)
 
 
 # --- checks ---------------------------------------------------------------------------------------
@@ -266,15 +272,10 @@ def _as_labels(labels: np.ndarray, count: int, classes: int) -> np.ndarray:
 
 
 def _assemble(
-    name: str,
-    parts: Parts,
-    classes: list[str],
-    notes: list[str],
-    val_fraction: float,
-    test_fraction: float,
-    seed: int,
+    name: str, contents: Contents, val_fraction: float, test_fraction: float, seed: int
 ) -> DataSet:
     """Makes up the parts that are missing from those that are there."""
+    parts, classes, notes = contents.parts, contents.classes, list(contents.notes)
     if len(classes) < 2:
         raise InvalidData(f"{name}: {len(classes)} class, expected at least 2 to tell apart")
     shapes = {images.shape[1:] for images, _ in parts.values()}
@@ -300,6 +301,7 @@ def _assemble(
         None if val is None else _as_split(*val),
         _as_split(*test),
         tuple(notes),
+        contents.unreadable,
     )
 
 
@@ -328,28 +330,30 @@ def _as_split(images: np.ndarray, labels: np.ndarray) -> Split:
 
 
 def _read(
-    path: Path | str | None, size: Size | None, colour: bool | None
-) -> tuple[Parts, list[str], list[str]]:
-    """(parts, class names, notes) of whatever kind of data ``path`` names."""
+    path: Path | str | None, size: Size | None, colour: bool | None, strict: bool
+) -> Contents:
+    """Whatever kind of data ``path`` names."""
     if path is None:
-        parts, classes = _embedded()
-        notes = ["5000 handwritten digits of MNIST, embedded in neocog"]
+        found = _embedded()
     else:
         path = Path(path)
         if not path.exists():
             raise InvalidData(f"{path}: no such file or folder")
         if not is_idx(path):
             if path.is_dir():
-                return read_folder(path, size, colour)
+                return read_folder(path, size, colour, strict)
             raise InvalidData(
                 f"{path}: expected a folder, or an IDX file named like train-images-idx3-ubyte"
             )
-        parts, classes, notes = read_idx(path)
-    parts = {part: (_refit(x, size, colour, notes, part), y) for part, (x, y) in parts.items()}
-    return parts, classes, notes
+        found = read_idx(path)
+    notes = list(found.notes)
+    parts = {
+        part: (_refit(x, size, colour, notes, part), y) for part, (x, y) in found.parts.items()
+    }
+    return Contents(parts, found.classes, notes)
 
 
-def _embedded() -> tuple[Parts, list[str]]:
+def _embedded() -> Contents:
     """The embedded digits: a mosaic read row by row, classes in order, the test part held out."""
     with resources.files("neocog").joinpath("assets/digits.png").open("rb") as file:
         mosaic = np.asarray(Image.open(file))
@@ -359,7 +363,11 @@ def _embedded() -> tuple[Parts, list[str]]:
     labels = np.arange(len(images)) * 10 // len(images)
     train, test = _hold_out(images, labels, 0.2, seed=0)
     assert test is not None, "there are 500 pictures of each class"
-    return {"train": train, "test": test}, [str(digit) for digit in range(10)]
+    return Contents(
+        {"train": train, "test": test},
+        [str(digit) for digit in range(10)],
+        ["5000 handwritten digits of MNIST, embedded in neocog"],
+    )
 
 
 def _refit(

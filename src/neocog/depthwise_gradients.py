@@ -8,7 +8,7 @@ from dataclasses import replace
 from .convolutions import Taps
 from .cpu import copy, depthwise_gradient
 from .cpu.tiling import cover
-from .kernels import copy_kernel, kernel
+from .kernels import copy_kernel, kernel, serves_any_size
 from .maps import Map
 from .problem import Conv
 from .program import Place, Program
@@ -39,6 +39,9 @@ def depthwise_weight_gradient_steps(
     (rows,), (cols,) = conv.rows.phases(conv.height), conv.cols.phases(conv.width)
     bias = "bias" in needs and gbias is not None
     plan = depthwise_gradient.plan_for(target, conv, bias)
+    for_any = depthwise_gradient.for_any_size(plan)
+    if serves_any_size(plan, lambda: kernel(for_any)):
+        plan = for_any
     lanes, channels = target.lanes, conv.out_channels
     vectors, groups = -(-channels // lanes), -(-rows.count // plan.heights[0])
     chunk_groups, chunks = _chunks(conv.batch * groups, plan.heights[0] * cols.count)

@@ -21,12 +21,12 @@ What the layers make of them is a hundred times more."""
 @dataclass(frozen=True)
 class ClassScore:
     """One class: of its ``count`` pictures the share ``recall`` was recognised; of the pictures
-    taken for it the share ``precision`` was right (0 if there was none)."""
+    taken for it the share ``precision`` was right. A share of no pictures is None."""
 
     name: str
     count: int
-    recall: float
-    precision: float
+    recall: float | None
+    precision: float | None
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,9 @@ def evaluate(
     confusion = classification.multiclass_confusion_matrix(answers, split.labels, k)
     recall = classification.multiclass_recall(answers, split.labels, k, average="none")
     precision = classification.multiclass_precision(answers, split.labels, k, average="none")
-    counts = confusion.sum(dim=1).tolist()
-    rows = zip(classes, counts, _shares(recall), _shares(precision), strict=True)
+    counts, taken = confusion.sum(dim=1), confusion.sum(dim=0)
+    shares = _shares(recall, counts), _shares(precision, taken)
+    rows = zip(classes, counts.tolist(), *shares, strict=True)
     return Evaluation(
         accuracy=int(confusion.trace()) / len(split),
         loss=F.cross_entropy(answers, split.labels).item(),
@@ -101,6 +102,10 @@ def evaluate(
     )
 
 
-def _shares(values: Tensor) -> list[float]:
-    """float32 as Python's float, without the digits that float32 does not have."""
-    return [round(value, 6) for value in values.tolist()]
+def _shares(values: Tensor, counts: Tensor) -> list[float | None]:
+    """float32 as Python's float, without the digits that float32 does not have.
+
+    None where ``counts``, what each is a share of, is 0: torchmetrics has 0 there.
+    """
+    pairs = zip(values.tolist(), counts.tolist(), strict=True)
+    return [round(value, 6) if count else None for value, count in pairs]

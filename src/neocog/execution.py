@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiler
+from . import compiler, guard, maps
 from .cpu import epilogue as ep
+from .cpu import forks
 from .cpu import pool as pool_kernels
 from .errors import InvalidProblem, Unsupported
 from .geometry import Window
@@ -32,6 +33,8 @@ from .problem import (
     check_shapes,
 )
 from .steps import read_step
+
+forks.open_in_child(Block)
 
 FORMATS = {NCHW: torch.contiguous_format, NHWC: torch.channels_last}
 
@@ -81,6 +84,27 @@ def block_of(
     cols = Window(w_shape[3], stride[1], dilation[1], left, right)
     conv = Conv(batch, channels, height, width, w_shape[0], rows, cols, groups)
     return Block(conv, parse_steps(epilogue))
+
+
+NEAR = 64
+"""Padding that no halo is out of proportion with."""
+
+
+def too_far(
+    x_shape: Sequence[int],
+    w_shape: Sequence[int],
+    stride: tuple[int, int],
+    padding: tuple[int, int, int, int],
+    dilation: tuple[int, int],
+    groups: int,
+) -> str | None:
+    """Why the taps of a call reach too far for the kernels, if they do: ``maps.too_far``."""
+    if max(padding) <= NEAR:
+        return None
+    x_shape = (1,) * (4 - len(x_shape)) + tuple(x_shape)
+    return maps.too_far(
+        block_of(x_shape, tuple(w_shape), stride, padding, dilation, groups, "").conv
+    )
 
 
 @functools.lru_cache(1024)
@@ -141,26 +165,39 @@ def _check_parameters(block: Block, bias: Tensor | None, residual: Tensor | None
                 f"{spell_steps(block.epilogue)!r} {'has' if expected else 'has no'} "
                 f"{kind.__name__} step"
             )
-    if bias is not None and tuple(bias.shape) != (block.conv.out_channels,):
+    per_channel = (block.conv.out_channels,)
+    _check_shape("bias", bias, per_channel, "one value per output channel")
+    _check_shape("residual", residual, block.conv_shape, "the convolution's output shape")
+
+
+def _check_shape(name: str, t: Tensor | None, shape: tuple[int, ...], meaning: str) -> None:
+    if t is not None and tuple(t.shape) != shape:
+        raise InvalidProblem(f"{name} must have shape {shape}, {meaning}, got {tuple(t.shape)}")
+
+
+def _check_winners(winners: Tensor, shape: tuple[int, ...], pooling: Pooling) -> None:
+    """What the forward pass of a max pool stores, as it stores it."""
+    dtype = winner_dtype(pooling)
+    dense = winners.dim() == 4 and winners.is_contiguous(memory_format=torch.channels_last)
+    same = tuple(winners.shape) == shape and winners.dtype == dtype
+    if not same or not dense or not guard.plain(winners):
         raise InvalidProblem(
-            f"bias must have shape ({block.conv.out_channels},), one value per output channel, "
-            f"got {tuple(bias.shape)}"
-        )
-    if residual is not None and tuple(residual.shape) != block.conv_shape:
-        raise InvalidProblem(
-            f"residual must have the convolution's output shape {block.conv_shape}, "
-            f"got {tuple(residual.shape)}"
+            f"winners must be what the forward pass with save=True stored: {dtype} of shape "
+            f"{shape}, channels_last, got {winners.dtype} of shape {tuple(winners.shape)} and "
+            f"strides {winners.stride()}"
         )
 
 
-def check_devices(*tensors: Tensor | None) -> None:
-    """InvalidProblem unless all tensors are float32 on the CPU (kernels read raw memory)."""
-    for t in tensors:
-        if t is not None and (t.dtype != torch.float32 or t.device.type != "cpu"):
-            raise InvalidProblem(
-                f"neocog's kernels take float32 on cpu, got {t.dtype} on {t.device}; "
-                "neocog.functional hands such tensors back to PyTorch"
-            )
+def check_readable(**tensors: Tensor | None) -> None:
+    """InvalidProblem unless all tensors are plain float32 memory, as kernels read it."""
+    for name, t in tensors.items():
+        if t is None or (t.dtype == torch.float32 and guard.plain(t)):
+            continue
+        odd = guard.why_not(t) or f"dtype {t.dtype}"
+        raise InvalidProblem(
+            f"{name}: neocog's kernels take float32 on cpu, got {odd}; "
+            "neocog.functional hands such tensors back to PyTorch"
+        )
 
 
 def winner_dtype(pooling: Pooling) -> torch.dtype:
@@ -177,7 +214,7 @@ def conv_block(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(out, winners, before): the block's result and, with ``save``, what backward needs of it."""
-    check_devices(x, weight, bias, residual)
+    check_readable(x=x, weight=weight, bias=bias, residual=residual)
     _check_parameters(block, bias, residual)
     layout = output_layout(x, weight)
     out = _empty(block.out_shape, layout)
@@ -217,7 +254,20 @@ def conv_block_backward(
 
     ``result``: the activation's result (see :func:`neocog.compiler.saved_names`).
     """
-    check_devices(grad, x, weight)
+    check_readable(grad=grad, x=x, weight=weight, result=result)
+    _check_shape("grad", grad, block.out_shape, "the shape of the block's output")
+    pooled = block.pool
+    selects = pooled is not None and pooled.kind == "max"
+    if ep.activation_of(block.epilogue).name != "identity":
+        if result is None:
+            raise InvalidProblem(
+                f"result: missing, but the epilogue {spell_steps(block.epilogue)!r} has an "
+                "activation, whose result tells its gradient"
+            )
+        shape = block.out_shape if selects else block.conv_shape
+        _check_shape("result", result, shape, "the shape of the activation's result")
+    if pooled is not None and selects:
+        _check_winners(winners, block.out_shape, pooled.step)
     grad, grad_layout = _layout(grad)
     gx_layout = output_layout(x)
     x, x_layout = _layout(x)
@@ -239,7 +289,7 @@ def conv_block_backward(
 
 def pool(x: Tensor, problem: Pool, save: bool) -> tuple[Tensor, Tensor]:
     """(out, winners); winners are empty without ``save`` and for averages."""
-    check_devices(x)
+    check_readable(x=x)
     layout = output_layout(x)
     out = _empty(problem.out_shape, layout)
     winners = x.new_empty(0, dtype=torch.uint8)
@@ -255,7 +305,10 @@ def pool(x: Tensor, problem: Pool, save: bool) -> tuple[Tensor, Tensor]:
 
 def pool_backward(grad: Tensor, winners: Tensor, problem: Pool, channels_last: bool) -> Tensor:
     """The gradient of a pooling layer's input."""
-    check_devices(grad)
+    check_readable(grad=grad)
+    _check_shape("grad", grad, problem.out_shape, "the shape of the pool's output")
+    if problem.kind == "max":
+        _check_winners(winners, problem.out_shape, problem.step)
     layout = NHWC if channels_last else NCHW
     gx = _empty(problem.in_shape, layout)
     grad, grad_layout = _layout(grad)

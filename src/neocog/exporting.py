@@ -10,7 +10,6 @@ Each file says under the key ``neocog`` (ONNX: ``metadata_props``; torch.export:
 from __future__ import annotations
 
 import importlib.util
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .checkpoint import Preprocessing
 from .errors import InvalidModel, InvalidProblem, NotExported
 from .files import write_atomically
+from .foreign import as_json
 from .interchange import (
     BATCH,
     INPUT,
@@ -134,7 +134,7 @@ def export(
         if not all(map(torch.equal, answers[0], _answers(network, asked[0]))):
             raise NotExported("the model gives other answers when it is asked again")
         program = traced(network, asked[0])
-        note = json.dumps(about(how, classes, shape, raw), ensure_ascii=False)
+        note = as_json(about(how, classes, shape, raw), None)
         if path.suffix == ".onnx":
             made = as_onnx(program, len(answers[0]), note, opset)
         else:

@@ -4,14 +4,45 @@ from __future__ import annotations
 
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors
-from torch import Tensor
 
 from .errors import InvalidModel
+
+if TYPE_CHECKING:  # torch takes a second or two to import, and names of files do without
+    from torch import Tensor
+
+KINDS = {
+    stat.S_IFDIR: "is a folder",
+    stat.S_IFIFO: "is a pipe",
+    stat.S_IFSOCK: "is a socket",
+    stat.S_IFCHR: "is a character device",
+    stat.S_IFBLK: "is a block device",
+}
+"""What a path may be instead of a file, by the kinds of stat."""
+
+
+def not_a_file(path: Path | str) -> str | None:
+    """What keeps ``path`` from being read as a file ("is a pipe", "no such file"), None if nothing.
+
+    To be asked before it is opened: a pipe that nobody writes to is waited for without end, and
+    a device may never come to one. Links are followed.
+
+    Raises:
+        OSError: it cannot be told, for instance in a folder that may not be entered.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return "is a link to a file that is not there" if os.path.islink(path) else "no such file"
+    except NotADirectoryError:
+        return "no such file"
+    return None if stat.S_ISREG(mode) else KINDS.get(stat.S_IFMT(mode), "is no regular file")
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -48,8 +79,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     Raises:
         InvalidModel: there is no such file, or it is damaged or truncated.
     """
-    if not path.is_file():
-        raise InvalidModel(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+    reason = not_a_file(path)
+    if reason is not None:
+        raise InvalidModel(f"{path}: {reason}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             # cloned, for the originals are windows into a file that may be replaced

@@ -80,6 +80,8 @@ def conv_block(
     reason = handback.reason(input, weight, bias, residual, steps=steps)
     if reason is None and 0 in (*input.shape[-3:], *weight.shape):
         reason = "a size of 0"
+    if reason is None and not torch.compiler.is_compiling():
+        reason = execution.too_far(input.shape, weight.shape, *window)
     if reason is not None:
         handback.say("conv2d" if steps in ((), (Bias(),)) else "conv_block", reason)
         return handback.conv_block(input, weight, bias, residual, *window, steps)

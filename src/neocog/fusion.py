@@ -9,6 +9,7 @@ conv -> activation -> batch norm are both an affine step, each in its place.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -63,7 +64,8 @@ def merged(network: Network, merge: Merge) -> Network:
                 nodes.remove(inputs[k])
                 op, inputs = both, (*inputs[k].inputs, *inputs[:k], *inputs[k + 1 :])
                 break
-        made[node] = Node(op, inputs, node.shape, node.name if both is None else _name(op))
+        name = node.name if both is None else _name(op)
+        made[node] = replace(node, op=op, inputs=inputs, name=name)
         nodes.append(made[node])
     return Network(nodes, [made[node] for node in network.outputs])
 
@@ -72,8 +74,14 @@ def _count_averaged(network: Network) -> None:
     """Tell layers in what sums their values are returned, see :attr:`Layer.averaged`."""
     uses = network.uses()
     terms: dict[Node, int] = {}
+
+    def within(u: Node) -> int:
+        """Terms of the sums of ``u``, or of what is behind it; 0 if these make a map returned."""
+        vector = math.prod(u.shape[2:]) == 1
+        return _terms(u) or terms[u] if vector or terms[u] else 0
+
     for node in reversed(network.nodes):
-        found = [0 if u is node else _terms(u) or terms[u] for u in uses[node]]
+        found = [0 if u is node else within(u) for u in uses[node]]
         # What is added as a residual is one term of what the layer returns, not of its sums.
         found += [terms[u] for u in uses[node] if u is not node and node in u.inputs[1:]]
         terms[node] = min(found, default=0)

@@ -16,6 +16,7 @@ its arguments; :mod:`neocog.problem` does, once, when a problem is built.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import gcd
 
@@ -141,6 +142,11 @@ class Window:
             base_dilation=self.base_dilation,
         )
 
+    @property
+    def phase_count(self) -> int:
+        """How many phases there are: see :meth:`phases`."""
+        return self.base_dilation // gcd(self.stride, self.base_dilation)
+
     def phases(self, n: int) -> tuple[Phase, ...]:
         """The outputs sorted by the taps that meet an input; see :class:`Phase`.
 
@@ -148,8 +154,7 @@ class Window:
         ``B // gcd(stride, B)`` apart are whole multiples of B apart, hence share their taps.
         All phases are listed, also those without taps (zeros) or, on short axes, with count 0.
         """
-        step = self.base_dilation // gcd(self.stride, self.base_dilation)
-        out = self.out_size(n)
+        step, out = self.phase_count, self.out_size(n)
         phases = []
         for start in range(step):
             positions = [(k, self._position(start, k)) for k in range(self.size)]
@@ -202,29 +207,50 @@ class ReceptiveField:
 
     ``size`` inputs wide; neighbouring outputs are ``jump`` inputs apart; output 0 begins at input
     ``start`` (negative: in the padding). ``ReceptiveField()`` is the input looking at itself.
+    ``period``: after so many inputs a circular padding begins anew; 0 if several do, at different
+    places; None without one.
     """
 
     size: int = 1
     jump: int = 1
     start: int = 0
+    period: int | None = None
 
-    def through(self, window: Window) -> ReceptiveField:
-        """The field after one more layer on top; ValueError for a base dilation other than 1."""
+    def through(self, window: Window, circle: int | None = None) -> ReceptiveField:
+        """The field after one more layer on top; ValueError for a base dilation other than 1.
+
+        ``circle``: the layer's padding is circular, on a map of so many values.
+        """
         if window.base_dilation != 1:
             raise ValueError(
                 f"a receptive field grows through windows of base dilation 1, got {window}"
             )
+        period = None if circle is None or window.low == window.high == 0 else circle * self.jump
         return ReceptiveField(
             size=self.size + (window.span - 1) * self.jump,
             jump=self.jump * window.stride,
             start=self.start - window.low * self.jump,
+            period=joined_periods((self.period, period)),
         )
 
     def interval(self, o: int, n: int) -> tuple[int, int]:
         """The inputs ``first .. stop-1`` that output ``o`` may depend on, cut to ``[0, n)``.
 
         Every input it does depend on lies inside. Dilation leaves gaps, and the padding of a layer
-        in between can hide inputs at the ends.
+        in between can hide inputs at the ends. Where circular padding leads to the opposite edge,
+        ``stop`` is above n, and the inputs go on from 0: 27, 30 of n = 28 are 27, 0 and 1. All of
+        them, (0, n), if the circle does not close after n inputs exactly.
         """
         first = self.start + o * self.jump
-        return min(max(first, 0), n), min(max(first + self.size, 0), n)
+        stop = first + self.size
+        if self.period is None or (first >= 0 and stop <= n):
+            return min(max(first, 0), n), min(max(stop, 0), n)
+        if self.period != n or self.size >= n:
+            return 0, n
+        return first % n, first % n + self.size
+
+
+def joined_periods(periods: Iterable[int | None]) -> int | None:
+    """The :attr:`ReceptiveField.period` of what sees through several of them."""
+    found = {period for period in periods if period is not None}
+    return None if not found else found.pop() if len(found) == 1 else 0

@@ -12,8 +12,8 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from . import guard
 from .activations import ACTIVATIONS
 from .problem import Act, Pooling, Step
 
@@ -43,15 +43,21 @@ HANDED_BACK = (
     ("channels, kernels or images of size 0", "PyTorch decides what they mean"),
     ("max_pool2d with return_indices", "computed by PyTorch"),
     ("transforms of torch.func, forward-mode differentiation", "computed by PyTorch"),
+    ("dispatch and function modes, tracing by torch.jit", "see and run PyTorch's operators"),
+    ("tensor subclasses, negative bits, fake and other odd tensors", "computed by PyTorch"),
     ("double backward", "recomputed and differentiated by PyTorch"),
 )
 """What goes to PyTorch, and why; for ``neocog doctor``."""
 
 
+# A graph need not break for it: it is said while the graph is traced.
+@torch.compiler.assume_constant_result
 def say(what: str, reason: str) -> None:
-    """Log, once for each pair, that ``what`` went to PyTorch."""
-    captures = reason.startswith("device meta ") and torch._C._len_torch_function_stack()
-    if not captures:  # a model that is captured computes shapes only
+    """Log, once for each pair, that ``what`` went to PyTorch.
+
+    Not where neocog itself captures or records a model: there it was asked for.
+    """
+    if torch.compiler.is_compiling() or not guard.own_mode():
         warn_once(what, reason)
 
 
@@ -63,22 +69,21 @@ def warn_once(what: str, reason: str) -> None:
 
 def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
     """Why PyTorch must compute on these tensors, or None if the kernels can."""
+    # While torch.compile or torch.export traces, the operators stand for their kernels.
+    traced = torch.compiler.is_compiling()
     for t in tensors:
         if t is None:
             continue
         if t.dtype != torch.float32:
             return f"dtype {t.dtype} (kernels exist for torch.float32)"
-        if t.device.type != "cpu":
+        if traced and t.device.type != "cpu":
             return f"device {t.device} (kernels exist for cpu)"
-        if t.layout != torch.strided:
+        if traced and t.layout != torch.strided:
             return f"layout {t.layout}"
-    if torch.is_autocast_enabled("cpu"):
-        return "autocast is on"
-    if not torch.compiler.is_compiling():
-        if torch._C._functorch.peek_interpreter_stack() is not None:
-            return "a transform of torch.func"
-        if forward_ad._current_level >= 0:
-            return "forward-mode differentiation"
+        if not traced and not guard.plain(t):
+            return guard.why_not(t)
+    if (state := _traced_state() if traced else guard.interrupted()) is not None:
+        return state
     acts = [step for step in steps if isinstance(step, Act)]
     for act in acts:
         if act.slope < 0:
@@ -88,6 +93,14 @@ def reason(*tensors: Tensor | None, steps: tuple[Step, ...] = ()) -> str | None:
             if ACTIVATIONS[act.name].derivative_from_output is None:
                 return f"the gradient of {act} (without one, kernels exist for it)"
     return None
+
+
+def _traced_state() -> str | None:
+    """Why PyTorch must compute what is traced now."""
+    if torch.is_autocast_enabled("cpu"):
+        return "autocast is on"
+    # torch.onnx reads graphs of PyTorch's operators; those of torch.export keep neocog's.
+    return "torch.onnx exports" if torch.onnx.is_in_onnx_export() else guard.transformed()
 
 
 def conv_block(

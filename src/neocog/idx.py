@@ -13,16 +13,20 @@ with ``.idx`` for ``-idx`` and ``test`` for ``t10k`` where a publisher spells th
 from __future__ import annotations
 
 import gzip
+import io
 import math
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from .errors import InvalidData
-from .images import Parts
+from .files import not_a_file
+from .images import MAX_BYTES, Contents, Parts
 
 NAME = re.compile(
     r"(?P<prefix>.*?)(?P<part>train|t10k|test|val)-(?P<kind>images|labels)"
@@ -39,12 +43,12 @@ def is_idx(path: Path) -> bool:
     return NAME.fullmatch(path.name) is not None
 
 
-def read_idx(path: Path) -> tuple[Parts, list[str], list[str]]:
+def read_idx(path: Path) -> Contents:
     """Reads a set of IDX files: the folder they lie in, or any one of them.
 
     Returns:
-        (parts with images [N, 1, H, W], class names, notes). Labels are numbered anew from 0 in
-        the order of their values, which become the class names.
+        Images [N, 1, H, W]. Labels are numbered anew from 0 in the order of their values, which
+        become the class names.
 
     Raises:
         InvalidData: a file is missing, damaged or of another length than its header says, or
@@ -65,7 +69,12 @@ def read_idx(path: Path) -> tuple[Parts, list[str], list[str]]:
     if prefix.lower().startswith("emnist"):
         parts = {part: (x.swapaxes(2, 3), labels) for part, (x, labels) in parts.items()}
         notes.append("EMNIST's files hold every picture with rows and columns exchanged: undone")
-    return parts, [str(value) for value in values], notes
+    return Contents(parts, [str(value) for value in values], notes)
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files of the set that ``path`` names; InvalidData if it names several."""
+    return sorted(_choose(path)[1].values())
 
 
 def _choose(path: Path) -> tuple[str, dict[tuple[str, str], Path]]:
@@ -107,40 +116,63 @@ def _read_pair(
 
 def _read_array(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of one IDX file that must have that many dimensions."""
-    data = _unpacked(path)
     header = 4 + 4 * dimensions
-    if len(data) < header:
-        raise InvalidData(f"{path}: truncated, {len(data)} bytes where the header takes {header}")
-    magic, *shape = struct.unpack(f">{1 + dimensions}I", data[:header])
-    wanted = 0x800 + dimensions
-    if magic != wanted:
-        kind = "images" if dimensions == 3 else "labels"
-        raise InvalidData(
-            f"{path}: starts with 0x{magic:08X}, expected 0x{wanted:08X} (IDX {kind} of bytes)"
-        )
-    expected = math.prod(shape) + header
+    with _unpacked(path) as file:
+        start = file.read(header)
+        if len(start) < header:
+            raise InvalidData(
+                f"{path}: truncated, {len(start)} bytes where the header takes {header}"
+            )
+        magic, *shape = struct.unpack(f">{1 + dimensions}I", start)
+        wanted = 0x800 + dimensions
+        if magic != wanted:
+            kind = "images" if dimensions == 3 else "labels"
+            raise InvalidData(
+                f"{path}: starts with 0x{magic:08X}, expected 0x{wanted:08X} (IDX {kind} of bytes)"
+            )
+        product, expected = "*".join(map(str, shape)), math.prod(shape)
+        if expected > MAX_BYTES:
+            raise InvalidData(
+                f"{path}: its header says {product} = {expected} bytes, at most {MAX_BYTES} are "
+                "held in memory"
+            )
+        # No more than the header says, and one byte to tell: 1 MB of gzip can hold 1 GB of zeros.
+        data = _at_most(file, expected + 1)
     if len(data) != expected:
         formula = "count*rows*cols" if dimensions == 3 else "count"
-        product = "*".join(map(str, shape))
-        fault = "truncated" if len(data) < expected else "too long"
+        found = f"truncated, {header + len(data)} bytes"
+        if len(data) > expected:
+            found = f"too long, more than {header + expected} bytes"
         raise InvalidData(
-            f"{path}: {fault}, {len(data)} bytes found, expected {formula} + {header} = "
-            f"{product} + {header} = {expected}"
+            f"{path}: {found} found, expected {formula} + {header} = "
+            f"{product} + {header} = {header + expected}"
         )
     if 0 in shape:
-        raise InvalidData(f"{path}: holds nothing, its header says {'*'.join(map(str, shape))}")
-    return np.frombuffer(data, dtype=np.uint8, offset=header).reshape(shape)
+        raise InvalidData(f"{path}: holds nothing, its header says {product}")
+    return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 
-def _unpacked(path: Path) -> bytes:
+@contextmanager
+def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The file's bytes, unzipped as they are read."""
+    reason = not_a_file(path)
+    if reason is not None:
+        raise InvalidData(f"{path}: {reason}, expected an IDX file")
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            # Told by the content, for browsers unpack a .gz and leave its name, or the other way
+            # round.
+            packed = file.peek(2).startswith(b"\x1f\x8b")
+            yield gzip.GzipFile(fileobj=file) if packed else file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise InvalidData(f"{path}: damaged or truncated gzip file ({error})") from error
     except OSError as error:
         raise InvalidData(f"{path}: cannot be read ({error.strerror})") from error
-    # Told by the content, for browsers unpack a .gz and leave its name, or the other way round.
-    if not data.startswith(b"\x1f\x8b"):
-        return data
-    try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise InvalidData(f"{path}: damaged or truncated gzip file ({error})") from error
+
+
+def _at_most(file: io.BufferedIOBase, size: int) -> bytearray:
+    """The next ``size`` bytes, or as many as there are; memory only for these."""
+    data = bytearray()
+    while piece := file.read(min(size - len(data), io.DEFAULT_BUFFER_SIZE * 128)):
+        data += piece
+    return data

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +20,8 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from .errors import InvalidData
+from .files import not_a_file
+from .foreign import text_of
 from .strokes import frame_digit, is_light
 
 SUFFIXES = frozenset(
@@ -30,6 +32,9 @@ SUFFIXES = frozenset(
 
 GREY_MODES = frozenset({"1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 
+MAX_BYTES = 8 * 2**30
+"""Pictures are held in memory as bytes; a set beyond this is refused before it is decoded."""
+
 Size = tuple[int, int]
 """(height, width) in pixels."""
 
@@ -38,6 +43,23 @@ Part = tuple[np.ndarray, np.ndarray]
 
 Parts = dict[str, Part]
 """What a data set's files hold: "train", and perhaps "val" and "test"."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What the files of a data set hold.
+
+    Attributes:
+        parts: the pictures; without a part "test", or "val", it is to be made of "train".
+        classes: names by label.
+        notes: what was done to the pictures, one sentence each.
+        unreadable: the pictures left out since they cannot be read, a line each: file and reason.
+    """
+
+    parts: Parts
+    classes: list[str]
+    notes: list[str]
+    unreadable: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,6 +147,27 @@ def expand(paths: Iterable[Path | str]) -> list[Path]:
     return found
 
 
+def left_out(unreadable: Sequence[str], count: int, strict: bool) -> list[str]:
+    """Notes on those of ``count`` pictures that cannot be read and are left out.
+
+    Args:
+        unreadable: a line each: the file and the reason.
+        count: how many pictures there are, these among them.
+        strict: refuse to go on without them.
+
+    Raises:
+        InvalidData: naming all of them, if ``strict``, or if no other picture is left.
+    """
+    if not unreadable:
+        return []
+    said = f"{len(unreadable)} of {count} pictures cannot be read"
+    if count == 1:
+        raise InvalidData(unreadable[0])
+    if strict or len(unreadable) == count:
+        raise InvalidData(f"{said}: {'; '.join(unreadable)}")
+    return [f"{said}, left out:", *unreadable]
+
+
 def list_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     """All files below ``folder``, hidden ones left out: (pictures by their ending, the others)."""
     pictures: list[Path] = []
@@ -162,14 +205,19 @@ def open_picture(path: Path | str) -> tuple[Image.Image, list[str]]:
     Raises:
         InvalidData: naming the file and what is wrong with it.
     """
-    with _reading(path), Image.open(path) as file:
+    with _opened(path) as file:
+        orientation = _orientation(file)  # asked first, for a TIFF is turned as it is loaded
         file.load()
         notes: list[str] = []
         if getattr(file, "n_frames", 1) > 1:
             notes.append("only the first frame is read")
-        if _orientation(file) != 1:
+        if orientation is None:
+            notes.append("its EXIF data are damaged: taken as it stands in the file")
+            return _plain(file, notes), notes
+        if orientation != 1:
             notes.append("turned upright as its EXIF orientation says")
-        return _plain(ImageOps.exif_transpose(file), notes), notes
+        is_turned = file.format == "TIFF"
+        return _plain(file if is_turned else ImageOps.exif_transpose(file), notes), notes
 
 
 def probe(path: Path | str) -> tuple[Size, bool]:
@@ -180,9 +228,10 @@ def probe(path: Path | str) -> tuple[Size, bool]:
     Raises:
         InvalidData: naming the file and what is wrong with it.
     """
-    with _reading(path), Image.open(path) as file:
+    with _opened(path) as file:
         height, width = file.height, file.width
-        if _orientation(file) >= 5:  # the four orientations that exchange rows and columns
+        # Four orientations exchange rows and columns; of a TIFF, Pillow tells the size upright.
+        if (_orientation(file) or 1) >= 5 and file.format != "TIFF":
             height, width = width, height
         return (height, width), _is_grey(file)
 
@@ -201,32 +250,43 @@ def as_tensor(image: Image.Image) -> torch.Tensor:
 
 
 @contextmanager
-def _reading(path: Path | str) -> Iterator[None]:
-    """Turns whatever goes wrong while a picture is read into one line that names the file."""
+def _opened(path: Path | str) -> Iterator[Image.Image]:
+    """A picture file; whatever goes wrong with it becomes one line that names the file."""
     try:
-        with warnings.catch_warnings():
+        reason = not_a_file(path)
+        if reason is not None:
+            expected = "" if reason == "no such file" else ", expected a picture"
+            raise InvalidData(reason + expected)
+        # Not by its name: then Pillow maps it into memory where it can, and mixes up the rows and
+        # columns of a TIFF that lies on its side.
+        with warnings.catch_warnings(), open(path, "rb") as data:
             # Pillow warns of metadata it passes over; of the picture itself it raises.
             warnings.filterwarnings("ignore", module=r"PIL\.")
-            yield
-    except InvalidData as error:
-        raise InvalidData(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise InvalidData(f"{path}: no such file") from None
-    except IsADirectoryError:
-        raise InvalidData(f"{path}: is a folder, expected a picture") from None
-    except Image.UnidentifiedImageError:
-        size = os.path.getsize(path)
-        raise InvalidData(
-            f"{path}: not a picture in any format that can be read ({size:,} bytes)"
-        ) from None
+            with Image.open(data) as file:
+                yield file
     # Given damaged bytes, Pillow's decoders raise a dozen types, from SyntaxError to zlib.error.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InvalidData(f"{path}: damaged or truncated picture ({reason})") from error
+        raise InvalidData(f"{text_of(path)}: {_said(error, path)}") from error
 
 
-def _orientation(image: Image.Image) -> int:
-    value = image.getexif().get(ExifTags.Base.Orientation, 1)
+def _said(error: Exception, path: Path | str) -> str:
+    """Why a picture cannot be read, in one line."""
+    if isinstance(error, InvalidData):
+        return str(error)
+    if isinstance(error, Image.UnidentifiedImageError):
+        return f"not a picture in any format that can be read ({os.path.getsize(path):,} bytes)"
+    if isinstance(error, OSError) and error.errno is not None:  # decoders raise OSError without
+        return f"cannot be read ({os.strerror(error.errno)})"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"damaged or truncated picture ({reason})"
+
+
+def _orientation(image: Image.Image) -> int | None:
+    """EXIF's orientation, 1 (upright) to 8; None where the EXIF data are no such."""
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # Pillow's parser raises whatever damaged bytes lead it to
+        return None
     return value if value in range(1, 9) else 1
 
 

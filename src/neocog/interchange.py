@@ -18,14 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from . import ops
+from . import ops, plain_pools
 from .errors import NotExported
-from .geometry import Window
-from .steps import pair
 
 KEY = "neocog"
 EXTRA_FILE = f"{KEY}.json"
@@ -57,31 +54,18 @@ def _with_nothing_saved(op: Any) -> Callable[..., tuple[Tensor, ...]]:
     """One of neocog's operators in PyTorch's own; without gradients nobody reads what it saves."""
 
     def spelled(x: Tensor, *args: Any) -> tuple[Tensor, ...]:
-        saved = len(op._schema.returns) - 1
-        return ops.SPELLED_OUT[op](x, *args), *(x.new_empty(0) for _ in range(saved))
+        first, saved = ops.SPELLED_OUT[op](x, *args), len(op._schema.returns) - 1
+        assert first is not None  # all of neocog's own can be said
+        return first, *(x.new_empty(0) for _ in range(saved))
 
     return spelled
 
 
-def _avg_pool2d(x, size, stride=(), padding=0, ceil_mode=False, include=True, divisor=None):
-    if divisor is None:
-        return NotImplemented  # it stays as it is
-    sizes, low = pair("kernel_size", size), pair("padding", padding)
-    steps = pair("stride", stride or size)
-    high = []
-    for n, k, step, margin in zip(x.shape[-2:], sizes, steps, low, strict=True):
-        out = Window(k, step, low=margin, high=margin, ceil=ceil_mode).out_size(n)
-        high.append((out - 1) * step + k - n - margin)
-    # zeros up to the last window's end, so that every window has as many numbers
-    padded = F.pad(x, (low[1], high[1], low[0], high[0]))
-    return F.avg_pool2d(padded, sizes, steps) * (sizes[0] * sizes[1] / divisor)
-
-
 SPELLED_OUT = {
-    **{op: _with_nothing_saved(op) for op in ops.SPELLED_OUT},
-    torch.ops.aten.avg_pool2d.default: _avg_pool2d,
+    **{op: _with_nothing_saved(op) for op in ops.SPELLED_OUT if op.namespace == KEY},
+    **plain_pools.SPELLED_OUT,
 }
-"""neocog's operators in PyTorch's own, and average pools with a divisor, which torch.onnx drops."""
+"""neocog's operators in PyTorch's own, and pools that torch.onnx gives another meaning."""
 
 
 def traced(network: nn.Module, x: Tensor) -> torch.export.ExportedProgram:

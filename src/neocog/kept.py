@@ -32,6 +32,8 @@ class Kept:
     values: dict[Node, tuple[int, Halo]] = field(default_factory=dict)
     winners: dict[Node, int] = field(default_factory=dict)
     statistics: dict[Node, int] = field(default_factory=dict)
+    read: set[Node] = field(default_factory=set)
+    """The values that the backward pass reads: kept here, computed again, or a stage's inputs."""
     parts: dict[int, int] = field(default_factory=dict)
     """The size of each, by where it starts."""
     size: int = 0
@@ -94,6 +96,7 @@ def keep(
             taps = winner_type(pool).width // 8 * math.prod(node.map_shape)
             kept.winners[node] = kept.take(-(-taps // 4))
     kept.size += SLACK
+    kept.read = needed
     return kept
 
 
@@ -128,7 +131,7 @@ def _needs(node: Node, graded: Collection[str]) -> list[Node]:
     """The values that the backward pass of a node reads."""
     found = [node] if undone_by_result(node) else []
     match node.op:
-        case Layer(weight=weight) if weight in graded:
+        case Layer(weight=weight, bias=bias) if weight in graded or bias in graded:
             found.append(node.inputs[0])
         case Pointwise() if is_norm(node):
             found.append(node.inputs[0])

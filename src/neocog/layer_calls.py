@@ -20,6 +20,7 @@ from . import network as net
 from .activations import ACTIVATIONS
 from .errors import Unsupported
 from .geometry import Window
+from .maps import too_far
 from .problem import Act, Pool, Pooling, check_shapes, conv2d_problem, pooling
 
 Name = Callable[[Tensor | None], str | None]
@@ -56,6 +57,9 @@ def conv2d(
     conv = conv2d_problem(
         tuple(input.shape), tuple(weight.shape), stride, padding, dilation, groups
     )
+    reason = too_far(conv)
+    if reason:
+        raise Unsupported(reason)
     op = net.Convolution(conv, _known(name, weight), name(bias))
     return Call(op, (input,), conv.out_shape, "conv2d")
 
@@ -299,8 +303,8 @@ def linear(name: Name, input: Tensor, weight: Tensor, bias: Tensor | None = None
 def dropout(
     name: Name, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """torch.nn.functional.dropout at inference."""
-    if training:
+    """torch.nn.functional.dropout where it drops nothing."""
+    if training and p != 0:
         raise Unsupported("dropout while training")
     return input
 
@@ -318,7 +322,7 @@ ELEMENTWISE = {
 
 CALLS: dict[Any, Callable[..., Call | Tensor]] = {
     **dict.fromkeys((F.conv2d, torch.conv2d), conv2d),
-    **dict.fromkeys((F.batch_norm, torch.batch_norm), batch_norm),
+    F.batch_norm: batch_norm,
     **{
         f: (_in_place if f.__name__.endswith("_") else _plain)(name)
         for name, functions in ELEMENTWISE.items()

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from . import nn as neocog_nn
-from .activations import ACTIVATIONS
 from .errors import InvalidModel, InvalidProblem, NeocogError
-from .problem import Act, Conv, Pool, Pooling, conv2d_problem
-from .sight import Beyond, Follow, Sight, joined, tensors_in, through
+from .given_inputs import Inputs, InputSpec, zeros
+from .layer_words import conv_words, pool_words, words_of
+from .ownership import Count, Held, Ledger, leaves
+from .problem import Conv, Pool, Pooling, conv2d_problem
+from .sight import Beyond, Circle, Follow, Sight, joined, tensors_in, through
 
 Shape = tuple[int, ...]
 
@@ -62,6 +64,8 @@ class LayerInfo:
     ``dense_weights`` and ``dense_biases`` belong to a fully connected layer between the same
     shapes as the convolution (its own output, before a fused pool). None: not a convolution, or,
     for ``multiply_adds``, not known. ``features`` (inputs, outputs) of a fully connected layer.
+    ``weights`` and ``biases`` count what no layer before it holds; ``shared_with`` is the first one
+    whose weights it uses too.
     """
 
     index: int
@@ -101,11 +105,15 @@ class Capture:
 
 @dataclass(frozen=True)
 class Walked:
-    """The layers that an input passed, what came out, and what stopped it, None if nothing did."""
+    """The layers that an input passed, what came out, and what stopped it, None if nothing did.
+
+    ``held`` are the parameters beside them, see :mod:`neocog.ownership`.
+    """
 
     layers: list[LayerInfo]
     output: object
     error: NeocogError | None
+    held: tuple[Held, ...] = ()
 
 
 Watch = Callable[[int, str], bool]
@@ -124,27 +132,31 @@ def describe(model: nn.Module, in_shape: Sequence[int]) -> list[LayerInfo]:
     return walked.layers
 
 
-def describe_as_far_as_it_goes(model: nn.Module, in_shape: Sequence[int]) -> Walked:
-    """As :func:`describe`, with the layers up to the one that fails beside the error."""
-    parameter = next(model.parameters(), torch.zeros(()))
-    return walk(model, torch.zeros(1, *in_shape, dtype=parameter.dtype, device=parameter.device))
+def describe_as_far_as_it_goes(model: nn.Module, *inputs: Sequence[int] | InputSpec) -> Walked:
+    """As :func:`describe`, with the layers up to the one that fails beside the error.
+
+    ``inputs``: shapes without the batch, or more about each (:mod:`neocog.given_inputs`).
+    """
+    specs = [x if isinstance(x, InputSpec) else InputSpec(tuple(x)) for x in inputs]
+    return walk(model, zeros(specs, model))
 
 
 def walk(
     model: nn.Module,
-    x: Tensor,
+    x: Tensor | Inputs,
     *,
     watch: Watch = lambda index, name: False,
     visit: Visit = lambda capture, output: None,
     follow: Follow | None = None,
 ) -> Walked:
-    """Runs the model on a batch ``x``, in evaluation mode and without gradients.
+    """Runs the model on a batch ``x``, or on several inputs, in evaluation mode without gradients.
 
     ``watch`` is asked with a layer's position, counted from 1, and its module's name, whether
     ``visit`` is to be called with what went through it, and with what it returned. ``follow`` is
     active while the model runs.
     """
-    state = _Walk(follow or Follow(x), watch, visit)
+    given = Inputs((x,)) if isinstance(x, Tensor) else x
+    state = _Walk(follow or Follow(*given.tensors()), watch, visit)
     error: NeocogError | None = None
     output: object = None
     with ExitStack() as stack:
@@ -158,7 +170,7 @@ def walk(
         stack.enter_context(torch.no_grad())
         stack.enter_context(state.follow)
         try:
-            output = model(x)
+            output = model(*given.args, **given.kwargs)
         except NeocogError as found:
             error = type(found)(f"{state.where}{found}")
             error.__cause__ = found
@@ -167,11 +179,10 @@ def walk(
             if not isinstance(found, RuntimeError | ValueError | TypeError | IndexError):
                 reason = f"{type(found).__name__}: {reason}"
             error = InvalidModel(
-                f"{state.where}the model cannot take an input of {size_text(x.shape[1:])} "
-                f"(channels x height x width): {reason}"
+                f"{state.where}the model cannot take an input of {given}: {reason}"
             )
             error.__cause__ = found
-    return Walked(state.layers, output, error)
+    return Walked(state.layers, output, error, tuple(state.ledger.held(model)))
 
 
 def observe(
@@ -187,17 +198,6 @@ def observe(
     if walked.error is not None:
         raise walked.error
     return walked.layers, found[0] if found else None
-
-
-def leaves(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The modules that count as layers, with their names, each once."""
-    inside_blocks: set[nn.Module] = set()
-    for name, module in model.named_modules():
-        is_block = isinstance(module, neocog_nn.ConvBlock)
-        if is_block:
-            inside_blocks.update(module.children())
-        if module not in inside_blocks and (is_block or not any(True for _ in module.children())):
-            yield name or type(module).__name__, module
 
 
 def size_text(shape: Sequence[int]) -> str:
@@ -225,8 +225,8 @@ class _Walk:
     visit: Visit
     layers: list[LayerInfo] = field(default_factory=list)
     where: str = ""
+    ledger: Ledger = field(default_factory=Ledger)
     _entered: dict[nn.Module, tuple[Tensor, Sight]] = field(default_factory=dict)
-    _passed: dict[nn.Module, int] = field(default_factory=dict)
 
     def enter(self, name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
         index = len(self.layers) + 1
@@ -252,8 +252,7 @@ class _Walk:
         residual = _residual(module, args, kwargs)
         stages = self._stages(module, x, sight, residual, result)
         index = len(self.layers) + 1
-        self.layers.append(_info(index, name, module, stages, self._passed.get(module)))
-        self._passed.setdefault(module, index)
+        self.layers.append(_info(index, name, module, stages, self.ledger.take(module, index)))
         if self.watch(index, name):
             kept = None if residual is None else _copied(residual)
             self.visit(Capture(self.layers[-1], module, x, kept, _copied(result)), output)
@@ -265,19 +264,23 @@ class _Walk:
         problems = windows_of(module, tuple(x.shape))
         if not problems:
             out = tuple(output.shape[1:])
-            return (Stage(_words(module), tuple(x.shape[1:]), out, None, self.follow.of(output)),)
+            return (Stage(words_of(module), tuple(x.shape[1:]), out, None, self.follow.of(output)),)
         stages = []
         for problem in problems:
-            sight = through(sight, problem.rows, problem.cols)
+            sight = through(sight, problem.rows, problem.cols, _circle(module, problem))
             if residual is not None and isinstance(problem, Conv):
                 sight = joined((sight, self.follow.of(residual)))
-            what = (
-                _conv_words(module, problem) if isinstance(problem, Conv) else pool_words(problem)
-            )
+            what = conv_words(module, problem) if isinstance(problem, Conv) else pool_words(problem)
             shapes = problem.in_shape[1:], problem.out_shape[1:]
             stages.append(Stage(what, *shapes, problem, sight))
         self.follow.note(output, sight)
         return tuple(stages)
+
+
+def _circle(module: nn.Module, problem: Conv | Pool) -> Circle:
+    mode = getattr(module, "padding_mode", "zeros")
+    around = mode == "circular" and isinstance(problem, Conv)
+    return (problem.height, problem.width) if around else (None, None)
 
 
 def _check_takes(module: nn.Module, in_shape: Shape) -> None:
@@ -322,14 +325,6 @@ def _pools(pooling: Pooling | None, in_shape: Shape) -> tuple[Pool, ...]:
     return () if pooling is None else (Pool.of(pooling, batch, channels, height, width),)
 
 
-def activation_of(module: nn.Module) -> Act:
-    """The activation a convolution applies itself; identity for one that is not fused."""
-    if not isinstance(module, neocog_nn.ConvBlock):
-        return Act("identity")
-    takes_slope = ACTIVATIONS[module.activation].takes_slope
-    return Act(module.activation, module.negative_slope if takes_slope else 0.0)
-
-
 def _copied(tensor: Tensor) -> Tensor:
     """A copy that nobody who watches the model's functions sees."""
     with torch._C.DisableTorchFunction():
@@ -356,11 +351,8 @@ def _residual(module: nn.Module, args: tuple, kwargs: dict) -> Tensor | None:
 
 
 def _info(
-    index: int, name: str, module: nn.Module, stages: tuple[Stage, ...], earlier: int | None
+    index: int, name: str, module: nn.Module, stages: tuple[Stage, ...], count: Count
 ) -> LayerInfo:
-    own = {key: p.numel() for key, p in module.named_parameters() if earlier is None}
-    biases = own.pop("bias", 0)
-    weights = sum(own.values())
     first, last = stages[0], stages[-1]
     conv = first.problem if isinstance(first.problem, Conv) else None
     return LayerInfo(
@@ -369,15 +361,15 @@ def _info(
         in_shape=first.in_shape,
         out_shape=last.out_shape,
         stages=stages,
-        weights=weights,
-        biases=biases,
+        weights=count.weights,
+        biases=count.biases,
         dense_weights=math.prod(conv.in_shape[1:] + conv.out_shape[1:]) if conv else None,
         dense_biases=math.prod(conv.out_shape[1:]) if conv else None,
         multiply_adds=_multiply_adds(module, first),
         features=(module.in_features, module.out_features)
-        if isinstance(module, nn.Linear) and earlier is None
+        if isinstance(module, nn.Linear) and count.shared_with is None
         else None,
-        shared_with=earlier,
+        shared_with=count.shared_with,
     )
 
 
@@ -390,60 +382,3 @@ def _multiply_adds(module: nn.Module, stage: Stage) -> int | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         return math.prod(stage.out_shape)  # one scale and shift a value
     return None if any(True for _ in module.parameters()) else 0
-
-
-def _words(module: nn.Module) -> str:
-    if isinstance(module, nn.Linear):
-        return f"fully connected {module.in_features} -> {module.out_features}"
-    plain = {
-        nn.BatchNorm2d: "batch norm",
-        nn.Flatten: "flatten",
-        nn.ReLU: "relu",
-        nn.Dropout: "dropout (only in training)",
-        nn.Identity: "identity",
-    }
-    details = module.extra_repr()
-    return plain.get(type(module)) or type(module).__name__ + (f"({details})" if details else "")
-
-
-def _conv_words(module: nn.Module, conv: Conv) -> str:
-    words = [f"conv {conv.rows.size}x{conv.cols.size}", *_window_words(conv)]
-    if conv.groups != 1:
-        words.append(f"groups {conv.groups}")
-    mode = getattr(module, "padding_mode", "zeros")
-    if mode != "zeros":
-        words.append(f"padded by {mode}")
-    activation = activation_of(module)
-    return ", ".join(words if activation.name == "identity" else [*words, str(activation)])
-
-
-def pool_words(pool: Pool) -> str:
-    """``average pool 3x3, stride 2, padding 1, padding not counted``."""
-    kind = {"mean": "average"}.get(pool.kind, pool.kind)
-    words = [f"{kind} pool {pool.rows.size}x{pool.cols.size}", *_window_words(pool)]
-    words += ["ceil mode"] if pool.rows.ceil else []
-    words += [] if pool.count_include_pad else ["padding not counted"]
-    if pool.divisor_override is not None:
-        words.append(f"divisor {pool.divisor_override}")
-    return ", ".join(words)
-
-
-def _window_words(problem: Conv | Pool) -> list[str]:
-    rows, cols = problem.rows, problem.cols
-    usual = (rows.size, cols.size) if isinstance(problem, Pool) else (1, 1)
-    words = []
-    if (rows.stride, cols.stride) != usual:
-        words.append(f"stride {_both(rows.stride, cols.stride)}")
-    if (rows.low, cols.low) != (rows.high, cols.high):
-        words.append(
-            f"padding top {rows.low}, bottom {rows.high}, left {cols.low}, right {cols.high}"
-        )
-    elif (rows.low, cols.low) != (0, 0):
-        words.append(f"padding {_both(rows.low, cols.low)}")
-    if (rows.dilation, cols.dilation) != (1, 1):
-        words.append(f"dilation {_both(rows.dilation, cols.dilation)}")
-    return words
-
-
-def _both(rows: int, cols: int) -> str:
-    return f"{rows}" if rows == cols else f"{rows}x{cols}"

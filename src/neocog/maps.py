@@ -7,8 +7,10 @@ unpack them where they are not already what a kernel needs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
 
 from .cpu import copy
 from .geometry import Window
@@ -67,6 +69,32 @@ def halo_of(conv: Conv) -> Halo:
     return Halo(top, bottom, left, right)
 
 
+FAR_ELEMENTS = 1 << 26
+"""float32 elements of a map up to which its halo may take any part of it: 256 MB."""
+
+FAR_SHARE = 16
+"""Times the input and output that a larger map with its halo may take."""
+
+
+def too_far(conv: Conv) -> str | None:
+    """Why the halo of ``conv`` is out of proportion, if it is.
+
+    Halos are memory. Taps far apart, or much padding under a wide stride, can reach through more of
+    it than input and output take together, by any factor.
+    """
+    halo = halo_of(conv)
+    size = elements_with_halo(conv.in_shape, halo)
+    if size <= max(
+        FAR_ELEMENTS, FAR_SHARE * (math.prod(conv.in_shape) + math.prod(conv.out_shape))
+    ):
+        return None
+    return (
+        f"taps that reach {max(halo.top, halo.bottom)} rows and {max(halo.left, halo.right)} "
+        f"columns beyond a map of {conv.height}x{conv.width}: with its halo it would take "
+        f"{4 * size / 1e9:,.1f} GB"
+    )
+
+
 def _reach(window: Window, n: int) -> tuple[int, int]:
     low = high = 0
     for phase in window.phases(n):
@@ -118,6 +146,27 @@ def clear_halo(
     step.alongside = True
 
 
+def clear(p: Program, target: Target, m: Map, shape: Sequence[int]) -> None:
+    """Zero the interior of a map whose pixels stand side by side."""
+    batch, channels, height, width = shape
+    p.step(
+        copy_kernel(copy.border, target), batch,
+        out=m.place, out_image=m.image, out_row=m.row, height=height,
+        top=0, bottom=0, left=width * channels, right=0, width_elements=0,
+    )  # fmt: skip
+
+
+def residual_map(extra: Mapping[str, Place | int]) -> Map:
+    """The residual's map among the fields of an epilogue."""
+    strides = (cast(int, extra[f"residual_{name}"]) for name in ("image", "row", "pixel"))
+    return Map(cast(Place, extra["residual"]), *strides)
+
+
+def row_of(m: Map, row: int) -> Map:
+    """The map from a row on, which may be one of its halo."""
+    return replace(m, place=m.place + row * m.row)
+
+
 def read(
     p: Program,
     target: Target,
@@ -132,21 +181,60 @@ def read(
     if layout == NHWC and halo.empty and not own:
         return Map.dense(place, channels, height, width)
     made, corner = scratch_map(p, shape, halo)
+    _pack(p, target, place, layout, shape, halo, made, corner)
+    return made
+
+
+def read_rows(
+    p: Program, target: Target, place: Place, layout: str, conv: Conv
+) -> tuple[Map, Conv]:
+    """The input of ``conv`` with its halo, and the convolution that reads it as it lies.
+
+    Where most rows lie between two windows, only those that windows read are packed.
+    """
+    halo, window = halo_of(conv), conv.rows
+    packed = layout != NHWC or not halo.empty
+    apart = window.stride >= 2 * window.span and max(window.low, window.high) <= 0
+    if not packed or not apart or window.base_dilation > 1:
+        return read(p, target, place, layout, conv.in_shape, halo), conv
+    batch, channels, _, width = conv.in_shape
+    rows, span = conv.out_shape[2], window.span
+    first = place + -window.low * width * (channels if layout == NHWC else 1)
+    window = replace(window, stride=span, low=0, high=0)
+    dense = replace(conv, height=rows * span, rows=window)
+    made, corner = scratch_map(p, dense.in_shape, halo)
+    for number in range(span):  # of every window
+        row = number * width * (channels if layout == NHWC else 1)
+        to, every = corner + number * made.row, replace(made, row=span * made.row)
+        _pack(p, target, first + row, layout, (batch, channels, rows, width), halo, every, to,
+              conv.height, conv.rows.stride)  # fmt: skip
+    return made, dense
+
+
+def _pack(
+    p: Program, target: Target, place: Place, layout: str, shape: Sequence[int], halo: Halo,
+    to: Map, corner: Place, own_height: int | None = None, every: int = 1,
+) -> None:  # fmt: skip
+    """Copy a tensor of ``shape`` into a map with a halo.
+
+    It may be every so many-th row of one that has ``own_height``.
+    """
+    batch, channels, height, width = shape
+    own = height if own_height is None else own_height
     transpose = layout == NCHW and channels > 1
     if transpose:
-        image, row, channel = channels * height * width, width, height * width
+        image, row, channel = channels * own * width, width, own * width
     else:
-        image, row, channel = height * width * channels, width * channels, 1
+        image, row, channel = own * width * channels, width * channels, 1
     rows = height + halo.top + halo.bottom
     p.step(
         copy_kernel(copy.pack, target, transpose, channels * (transpose and channels <= FEW)),
         batch * rows,
-        x=place, x_image=image, x_row=row, x_channel=channel,
-        out=corner, out_image=made.image, out_row=made.row,
+        x=place, x_image=image, x_row=every * row, x_channel=channel,
+        out=corner, out_image=to.image, out_row=to.row,
         height=height, width=width, channels=channels,
         top=halo.top, left=halo.left, right=halo.right, padded_height=rows,
     )  # fmt: skip
-    return made
 
 
 def written(p: Program, place: Place, layout: str, shape: Sequence[int]) -> Map:

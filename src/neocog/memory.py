@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .cpu import forks
+
 SMALL = 1 << 16
 """Bytes up to which PyTorch's own allocator is as quick."""
 
@@ -49,7 +51,7 @@ class Pool:
 
     pieces: dict[int, list[Piece]] = field(default_factory=dict)
     passes: int = 0
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=forks.lock)
     holds: bool = True
     """Whether memory is held ready. If not, all of it comes from PyTorch, and goes back at once."""
 

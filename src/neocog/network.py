@@ -1,11 +1,11 @@
-"""Networks: a graph of layers with concrete shapes, between a captured model and its programs.
+"""Networks: a graph of layers with concrete shapes, between a run of a model and its program.
 
 A :class:`Network` lists its nodes in an order in which they can be computed. A node has one
 operation, inputs and the shape of its result as PyTorch has it: (N, C, H, W) for maps, (N, C) for
-vectors, anything for a foreign result. Parameters are names; who runs the network knows their
-tensors. Operations come in two sorts:
+vectors. Parameters are names; who runs the network knows their tensors. Operations come in two
+sorts:
 
-- what a capture writes: one operation per layer of the model;
+- what stands in a graph of PyTorch's: one operation per call;
 - what :mod:`neocog.fusion` makes of it: a :class:`Layer` is a convolution with everything up to
   its pool.
 """
@@ -13,7 +13,6 @@ tensors. Operations come in two sorts:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from .problem import Act, Block, Conv, Pool, Step
 
@@ -143,8 +142,9 @@ class Layer:
     bias: str | None = None
     norm: Norm | Constants | None = None
     averaged: int = 0
-    """How many terms the sums have at least in which its values reach what is returned: these
-    average its rounding errors. 0 if they are returned through pools and pointwise passes alone."""
+    """How many terms the sums have at least in which later layers take its values, if a vector for
+    each picture is what they are for: such sums average its rounding errors. 0 if its values, or
+    those of a map made from them, are returned: each of these shows what there is of errors."""
 
 
 @dataclass(frozen=True)
@@ -159,21 +159,9 @@ class Pointwise:
     norm: Norm | Constants | BatchStatistics | None = None
 
 
-@dataclass(frozen=True, eq=False)
-class Foreign:
-    """Handed back to PyTorch: ``run(*tensors)`` in eager mode, and why."""
-
-    name: str
-    reason: str
-    run: Any
-    multiply_adds: int = 0
-    part: bool = False
-    """Whether it only takes one tensor out of what another foreign call returned."""
-
-
 Op = (
     Input | Convolution | BatchNorm | Activation | Pooling | Padding | Arithmetic | Concat | Flatten
-    | Linear | Layer | Pointwise | Foreign
+    | Linear | Layer | Pointwise
 )  # fmt: skip
 
 
@@ -185,6 +173,10 @@ class Node:
     inputs: tuple[Node, ...]
     shape: Shape
     name: str = ""
+    strides: Shape = ()
+    """Of its tensor, where it comes from outside or leaves; contiguous if empty."""
+    channels_last: bool = False
+    """Whether PyTorch takes that tensor for channels_last."""
 
     @property
     def map_shape(self) -> tuple[int, int, int, int]:
@@ -196,19 +188,17 @@ class Node:
     @property
     def native(self) -> bool:
         """Whether a kernel computes it."""
-        return not isinstance(self.op, Input | Foreign)
+        return not isinstance(self.op, Input)
 
     @property
     def multiply_adds(self) -> int:
-        """Of convolutions and fully connected layers, and what PyTorch counts of foreign calls."""
+        """Of convolutions and fully connected layers."""
         match self.op:
             case Convolution(conv=conv) | Layer(block=Block(conv=conv)):
                 return conv.multiply_adds
             case Linear():
                 batch, channels = self.inputs[0].shape
                 return batch * channels * self.shape[1]
-            case Foreign(multiply_adds=counted):
-                return counted
         return 0
 
     def __repr__(self) -> str:

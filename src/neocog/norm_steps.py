@@ -47,7 +47,7 @@ def batch_statistics(
     """Statistics of the batch. ``parameters``: places of weight and bias, if there are any."""
     channels = shape[1]
     parts = _parts(_lines(shape, {"y": y})[0])
-    sums = p.scratch(parts * bn.SUMS * bn.row_of(target, channels))
+    sums = p.scratch(parts * bn.sums_elements(bn.row_of(target, channels)))
     _pass(p, bn.MomentsPlan(target, channels), shape, {"y": y}, sums=sums)
     _finish(p, target, channels, eps, parameters, statistics,
             {"first": y.place, "sums": sums, "parts": parts, "count": _pixels(shape)})  # fmt: skip
@@ -93,7 +93,7 @@ def norm_gradient(
     coefficients = p.scratch(bn.COEFFICIENTS * row)
     plan = bn.NormGradientPlan(target, channels, act, True, reads_z)
     parts = _parts(_lines(shape, {name: maps[name] for name in plan.maps})[0])
-    sums = p.scratch(parts * bn.SUMS * row)
+    sums = p.scratch(parts * bn.sums_elements(row))
     _pass(p, plan, shape, maps, statistics=statistics, sums=sums)
     finish = bn.CoefficientsPlan(target, channels, batch, "gweight" in gradients,
                                  "gbias" in gradients)  # fmt: skip

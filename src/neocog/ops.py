@@ -12,13 +12,15 @@ Four operators, none differentiable twice by itself (double backward is handed b
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from . import execution, handback
+from .aten_calls import FIRST_RESULT
 from .cpu import epilogue as ep
 from .errors import InvalidProblem
 from .geometry import Window
@@ -94,6 +96,15 @@ for _name, _function in (
 # ------------------------------------------------------------------------------ fake kernels
 
 
+def _check_one_device(x: Tensor, *others: Tensor | None) -> None:
+    """As PyTorch's own operators do: a fake kernel would answer for kernels that do not exist."""
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise InvalidProblem(
+                f"all tensors must be on one device, got {x.device} and {t.device}"
+            )
+
+
 def _like(shape: Sequence[Any], x: Tensor, *others: Tensor) -> Tensor:
     layout = execution.output_layout(x, *others)
     return torch.empty(
@@ -122,6 +133,7 @@ def _pooled(pooling: Pooling | None, height: Any, width: Any) -> tuple[Any, Any]
 
 @torch.library.register_fake("neocog::conv_block", lib=LIBRARY)
 def _(x, weight, bias, residual, stride, padding, dilation, groups, epilogue, save):
+    _check_one_device(x, weight, bias, residual)
     steps = execution.parse_steps(epilogue)
     pooling = ep.pooling_of(steps)
     height, width = _conv_sizes(x, weight, stride, padding, dilation)
@@ -138,6 +150,7 @@ def _(x, weight, bias, residual, stride, padding, dilation, groups, epilogue, sa
 
 @torch.library.register_fake("neocog::conv_block_backward", lib=LIBRARY)
 def _(grad, x, weight, result, winners, stride, padding, dilation, groups, epilogue, needs):
+    _check_one_device(x, grad, weight, result, winners)
     sizes = _conv_sizes(x, weight, stride, padding, dilation)
     made = (
         lambda: _like(x.shape, x),
@@ -160,6 +173,7 @@ def _(x, pooling, save):
 
 @torch.library.register_fake("neocog::pool_backward", lib=LIBRARY)
 def _(grad, winners, shape, pooling, channels_last):
+    _check_one_device(grad, winners)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(tuple(shape), dtype=grad.dtype, device=grad.device, memory_format=layout)
 
@@ -265,8 +279,37 @@ def _pool_in_pytorch(x, pooling, save) -> Tensor:
     return handback.pool(x, execution.parse_pooling(pooling))
 
 
-SPELLED_OUT: dict[Any, Callable[..., Tensor]] = {
+SPELLED_OUT: dict[Any, Callable[..., Tensor | None]] = {
     conv_block: _conv_block_in_pytorch,
     pool: _pool_in_pytorch,
+    **FIRST_RESULT,
 }
-"""Operator -> its first result in PyTorch's own operators; the others are for its gradient."""
+"""Operator -> its first result in PyTorch's own functions; None if there is no way to say it."""
+
+
+def spell_out(gm: fx.GraphModule) -> None:
+    """Put PyTorch's own functions where a graph asks only for the first result of such an operator.
+
+    So they can be fused like anybody's.
+    """
+    tracer = fx.proxy.GraphAppendingTracer(gm.graph)
+
+    def proxied(node: fx.Node) -> Any:
+        return fx.Proxy(node, tracer)
+
+    for node in list(gm.graph.nodes):
+        spelled = SPELLED_OUT.get(node.target) if node.op == "call_function" else None
+        parts = [u for u in node.users if u.users]
+        firsts = [u for u in parts if u.target is operator.getitem and u.args[1] == 0]
+        if spelled is None or len(firsts) != len(parts):
+            continue
+        with gm.graph.inserting_before(node):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), proxied)
+            made = spelled(*args, **kwargs)
+        if not isinstance(made, fx.Proxy):
+            continue
+        for first in firsts:
+            first.replace_all_uses_with(made.node)
+        for user in (*node.users, node):
+            gm.graph.erase_node(user)
+    gm.recompile()

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import choices
 from .convolutions import Weights
-from .cpu import checksum
+from .cpu import checksum, forks
 from .kernels import kernel
 from .network import Constants, Norm
 from .problem import Conv
@@ -51,7 +51,7 @@ class Parameters:
     packed: MutableMapping[Packed, Tensor] = field(default_factory=weakref.WeakValueDictionary)
     """Kept by the plans that use them: their order may depend on the size of the maps."""
     affine: dict[Norm | Constants, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    lock: threading.RLock = field(default_factory=threading.RLock)
+    lock: threading.RLock = field(default_factory=forks.lock)
     """Two callers must not each make their own: a live model would update one of them."""
 
     def packed_for(self, key: Packed) -> Tensor:
@@ -136,6 +136,7 @@ class Live(Parameters):
     """Parameters that may change between calls in any way."""
 
     _contents: _Contents | None = None
+    _generation: int = field(default_factory=forks.generation)
 
     def refresh(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the tensors of this call; make anew what was made from other contents.
@@ -143,6 +144,8 @@ class Live(Parameters):
         Only those are kept that something has been made from: an input may be large.
         """
         with self.lock:
+            if self._generation != forks.generation():  # another thread may have been packing
+                self._contents, self._generation = None, forks.generation()
             packed = dict(self.packed.items())
             watched = {key.weight for key in packed}.union(*map(_sources, self.affine))
             own = {n: t for n, t in self.tensors.items() if n in watched or n not in tensors}

@@ -106,6 +106,7 @@ class Conv:
                 )
         for axis, window, n in _axes(self):
             _check_fits(self, axis, window, n)
+        _check_addressable(self, self.in_shape, self.weight_shape, self.out_shape)
 
     @property
     def in_shape(self) -> Shape:
@@ -197,6 +198,7 @@ class Pool:
         _check_input(self, "channels")
         for axis, window, n in _axes(self):
             _check_fits(self, axis, window, n)
+        _check_addressable(self, self.in_shape, self.out_shape)
 
     @classmethod
     def of(cls, step: Pooling, batch: int, channels: int, height: int, width: int) -> Pool:
@@ -219,6 +221,12 @@ class Pool:
         return Pooling(
             self.kind, self.rows, self.cols, self.count_include_pad, self.divisor_override
         )
+
+    @property
+    def whole(self) -> bool:
+        """Whether its only window is the whole map."""
+        axes = ((self.rows, self.height), (self.cols, self.width))
+        return all((w.size, w.dilation, w.low, w.high) == (n, 1, 0, 0) for w, n in axes)
 
     @property
     def in_shape(self) -> Shape:
@@ -417,6 +425,12 @@ def _check_input(problem: Conv | Pool, channels: str) -> None:
     check_whole("batch", problem.batch, 0)
     for name in (channels, "height", "width"):
         check_whole(name, getattr(problem, name), 1)
+
+
+def _check_addressable(problem: Problem, *shapes: Shape) -> None:
+    for shape in shapes:
+        if math.prod(shape) >= 1 << 56:  # kernels count the bytes of all maps in 63 bits
+            _fail(problem, f"a tensor of shape {shape}: fewer than 2**56 elements were expected")
 
 
 def _check_fits(problem: Conv | Pool, axis: str, window: Window, n: int) -> None:

@@ -1,6 +1,7 @@
 """The directory of a run: everything a training leaves, and all that is needed to go on with one.
 
     config.json        what was asked for, and the data's fingerprint
+    pictures.json      the data's files with a digest each, to tell later what has changed
     last.safetensors   the state after the last finished epoch, to resume from
     best.safetensors   the network at its lowest validation loss; mlp.safetensors likewise
     metrics.json       the results: accuracies, shift table, history
@@ -15,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import io
 import itertools
-import json
 import platform
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -30,19 +32,31 @@ from PIL import Image
 from torch import Tensor
 
 from . import data, images, models, plots, shifts
+from .changes import compared, listing
 from .checkpoint import BEST, LAST, Checkpoint, Header, Preprocessing, build, load, save
 from .data import DataSet
 from .distribution import Group
 from .errors import InvalidData, InvalidModel
 from .evaluation import evaluate, logits
 from .files import remove_leftovers, write_atomically
+from .foreign import as_json, path_of, text_of
+from .headers import read_object
+from .locks import locked
 from .settings import InvalidSetting, Settings, choose_device, engine_on
 from .training import Trainer, time_shares
 
-CONFIG, METRICS = "config.json", "metrics.json"
+CONFIG, METRICS, PICTURES = "config.json", "metrics.json", "pictures.json"
 FORMAT = 1
 FILES = {"cnn": BEST, "mlp": "mlp.safetensors"}
 """Where the best state of each network is kept."""
+
+
+class Changed(InvalidData):
+    """The pictures are not those that a run was trained on; ``found`` are those there are now."""
+
+    def __init__(self, message: str, found: DataSet) -> None:
+        super().__init__(message)
+        self.found = found
 
 
 @dataclass(frozen=True)
@@ -52,9 +66,9 @@ class Source:
     path: str | None = None
     size: int | None = None
 
-    def load(self, seed: int) -> DataSet:
-        """The data set; InvalidData if it cannot be read."""
-        return data.load(self.path, size=self.size, seed=seed)
+    def load(self, seed: int, strict: bool = False) -> DataSet:
+        """The data set; InvalidData if it cannot be read, or not whole though ``strict``."""
+        return data.load(self.path, size=self.size, seed=seed, strict=strict)
 
 
 @dataclass(frozen=True)
@@ -98,12 +112,13 @@ class Run:
         )
         try:
             write_json(folder / CONFIG, run._config(trainer))
+            write_json(folder / PICTURES, listing(source.path))
             run.save(trainer)
         except BaseException:
             if is_new:
                 shutil.rmtree(folder, ignore_errors=True)
             else:
-                for name in (CONFIG, LAST):
+                for name in (CONFIG, PICTURES, LAST):
                     (folder / name).unlink(missing_ok=True)
             raise
         return run
@@ -117,12 +132,17 @@ class Run:
         if not path.is_file():
             raise InvalidModel(f"{folder}: not a run directory, it holds no {CONFIG}")
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = read_object(path.read_text(encoding="utf-8"))
             if config["format"] != FORMAT:
                 raise ValueError(f"format {config['format']!r}, this neocog reads {FORMAT}")
             return Run(
                 folder,
-                Source(config["data"]["path"], config["data"]["size"]),
+                Source(
+                    None
+                    if config["data"]["path"] is None
+                    else path_of(str(config["data"]["path"])),
+                    config["data"]["size"],
+                ),
                 # A run from before there were engines goes on as it began.
                 Settings(**{"engine": "eager", **config["settings"]}),
                 str(config["device"]),
@@ -130,18 +150,62 @@ class Run:
                 str(config["data"]["fingerprint"]),
                 int(config.get("workers", 1)),
             )
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError) as error:
             raise InvalidModel(f"{path}: cannot be read: {error}") from error
 
-    def load_data(self) -> DataSet:
-        """The pictures of the run; InvalidData if they are not the ones it began with."""
-        found = self.source.load(self.settings.seed)
+    @staticmethod
+    def of(model: str) -> Run | None:
+        """The run that a MODEL argument names, by its directory or by one of its checkpoints."""
+        path = Path(model)
+        folder = path.parent if path.name in (*FILES.values(), LAST) and path.is_file() else path
+        return Run.open(folder) if (folder / CONFIG).is_file() else None
+
+    def locked(self, note: Callable[[str], object]) -> AbstractContextManager[None]:
+        """Keeps other processes from training this run, see :func:`neocog.locks.locked`."""
+        return locked(self.folder / CONFIG, note)
+
+    def load_data(self, strict: bool = False) -> DataSet:
+        """The pictures of the run.
+
+        Raises:
+            Changed: they are not the ones it began with; says what has changed.
+            InvalidData: they cannot be read, or not all of them though ``strict``.
+        """
+        try:
+            found = self.source.load(self.settings.seed, strict)
+        except InvalidData as error:
+            what = self.changes()
+            if not what:
+                raise
+            since = f"since {text_of(self.folder)} was begun"
+            raise InvalidData(f"{error} ({since}: {what})") from error
         if fingerprint(found) != self.fingerprint:
-            raise InvalidData(
-                f"{self.source.path or found.name}: the pictures are not those that "
-                f"{self.folder} was begun with, so it cannot go on"
-            )
+            what = self.changes() or self._changes_to(found)
+            where, run = text_of(self.source.path or found.name), text_of(self.folder)
+            raise Changed(f"{where}: not the pictures that {run} was trained on: {what}", found)
         return found
+
+    def changes(self) -> str:
+        """What became of its data's files since it began, for example "class cat added (3
+        pictures); 1 file removed (dog/1.png)"; empty if nothing did, or if that is not known."""
+        try:
+            before = read_object((self.folder / PICTURES).read_text(encoding="utf-8"))
+            return "; ".join(compared(before, listing(self.source.path)))
+        except (OSError, ValueError, TypeError, AttributeError):
+            return ""  # a run from before there was such a file, or what is in it is none
+
+    def _changes_to(self, found: DataSet) -> str:
+        """What config.json and the pictures themselves tell, where the files do not."""
+        config = read_object((self.folder / CONFIG).read_text(encoding="utf-8"))["data"]
+        then, now = config["classes"], list(found.classes)
+        if then != now:
+            return f"classes {', '.join(then)} then, {', '.join(now)} now"
+        if tuple(config["in_shape"]) != found.in_shape:
+            shapes = ["x".join(map(str, shape)) for shape in (config["in_shape"], found.in_shape)]
+            return f"{shapes[0]} then, {shapes[1]} now"
+        if (self.folder / PICTURES).is_file():
+            return "the same files, but read otherwise: by other versions of neocog or Pillow"
+        return "other pictures in the same classes"
 
     def resume(self, found: DataSet, group: Group | None = None) -> Trainer:
         """The trainer as it was after the last finished epoch; InvalidModel if it is damaged.
@@ -207,6 +271,7 @@ class Run:
                 "train": len(found.train),
                 "val": len(trainer.val),
                 "test": len(found.test),
+                "unreadable": len(found.unreadable),
             },
             "seed": self.settings.seed,
             "threads": self.threads,
@@ -247,7 +312,7 @@ class Run:
                         "" if kind == "right" else f"-as-{_safe(found.classes[answers[index]])}"
                     )
                     name = f"{kind}-{truth}{answer}.png"
-                    write_atomically(self.folder / name, png)
+                    write_atomically(self.folder / path_of(name), png)
                     names[kind] = name
                     break
         return names, labels
@@ -256,7 +321,8 @@ class Run:
         return {
             "format": FORMAT,
             "data": {
-                **asdict(self.source),
+                "path": None if self.source.path is None else text_of(self.source.path),
+                "size": self.source.size,
                 "name": trainer.data.name,
                 "in_shape": trainer.data.in_shape,
                 "classes": trainer.data.classes,
@@ -301,14 +367,14 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, indented, in one piece; OSError if it cannot."""
-    write_atomically(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_atomically(path, (as_json(value) + "\n").encode())
 
 
 def _new_folder(name: str, out: Path | None) -> tuple[Path, bool]:
     """(an empty directory for a run, whether it was made just now)."""
     if out is None:
         for number in itertools.count(1):
-            folder = Path("runs", f"{_safe(name) or 'data'}-{number}")
+            folder = Path("runs", path_of(f"{_safe(name) or 'data'}-{number}"))
             try:
                 folder.mkdir(parents=True)
                 return folder, True

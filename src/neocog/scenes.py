@@ -20,7 +20,8 @@ from . import nn as neocog_nn
 from .activations import ACTIVATIONS
 from .errors import InvalidProblem, NeocogError
 from .layer_calls import CALLS, Call
-from .layers import Capture, LayerInfo, activation_of, walk, windows_of
+from .layer_words import activation_of
+from .layers import Capture, LayerInfo, walk, windows_of
 from .problem import Act, Conv, Pool
 from .sight import Beyond, Follow, Sight, tensors_in, through
 

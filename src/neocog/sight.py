@@ -15,7 +15,7 @@ from enum import Enum
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .geometry import ReceptiveField, Window
+from .geometry import ReceptiveField, Window, joined_periods
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,14 @@ class Field:
     rows: ReceptiveField = ReceptiveField()
     cols: ReceptiveField = ReceptiveField()
 
-    def through(self, rows: Window, cols: Window) -> Field:
+    def through(self, rows: Window, cols: Window, circle: Circle = (None, None)) -> Field:
         """The field after a convolution or a pool."""
-        return Field(self.rows.through(rows), self.cols.through(cols))
+        return Field(self.rows.through(rows, circle[0]), self.cols.through(cols, circle[1]))
+
+    @property
+    def round(self) -> bool:
+        """Whether it leads over an edge of the input to the opposite one."""
+        return self.rows.period is not None or self.cols.period is not None
 
 
 class Beyond(Enum):
@@ -41,10 +46,14 @@ class Beyond(Enum):
 Sight = Field | Beyond
 
 
-def through(sight: Sight, rows: Window, cols: Window) -> Sight:
+Circle = tuple[int | None, int | None]
+"""Height and width of a map that is padded in a circle; None for one that is not."""
+
+
+def through(sight: Sight, rows: Window, cols: Window, circle: Circle = (None, None)) -> Sight:
     """What a convolution or a pool sees whose input sees ``sight``."""
     if isinstance(sight, Field):
-        return sight.through(rows, cols)
+        return sight.through(rows, cols, circle)
     return sight if sight is Beyond.ALL else Beyond.UNKNOWN
 
 
@@ -71,7 +80,8 @@ def _union(fields: list[ReceptiveField]) -> ReceptiveField | None:
         return None
     start = min(field.start for field in fields)
     stop = max(field.start + field.size for field in fields)
-    return ReceptiveField(size=stop - start, jump=fields[0].jump, start=start)
+    period = joined_periods(field.period for field in fields)
+    return ReceptiveField(stop - start, fields[0].jump, start, period)
 
 
 # Functions by their Python names: the operator, the method and the function share one row.
@@ -91,15 +101,17 @@ _SUMMARISING = frozenset({"mean", "sum", "amax", "adaptive_avg_pool2d", "adaptiv
 
 
 class Follow(TorchFunctionMode):
-    """While active, follows what the tensors made from ``x`` (N, C, H, W or other) see of it.
+    """While active, follows what the tensors made from inputs (N, C, H, W or other) see of them.
 
+    What is made of several inputs sees the same window of each, or it is not known what.
     Keeps every tensor it has met alive, so that no other takes over its identity.
     """
 
-    def __init__(self, x: Tensor) -> None:
+    def __init__(self, *inputs: Tensor) -> None:
         super().__init__()
         self._met: dict[int, tuple[Tensor, Sight]] = {}
-        self.note(x, Field() if x.ndim == 4 else Beyond.FLAT if x.ndim == 2 else Beyond.UNKNOWN)
+        for x in inputs:
+            self.note(x, Field() if x.ndim == 4 else Beyond.FLAT if x.ndim == 2 else Beyond.UNKNOWN)
 
     def note(self, tensor: Tensor, sight: Sight) -> None:
         """Says what a tensor sees; overrides what was concluded from the functions called."""

@@ -38,10 +38,7 @@ class Packed:
     def of(cls, choose: choices.Choice, layer: Layer) -> Packed:
         """The packed weights of ``layer``."""
         chosen = choose(layer.block.conv, layer.block.epilogue, layer.averaged)
-        conv = layer.block.conv
-        rows, cols = (replace(w, low=0, high=0) for w in (conv.rows, conv.cols))
-        conv = replace(conv, batch=1, height=rows.span, width=cols.span, rows=rows, cols=cols)
-        return cls(layer.weight, conv, chosen)
+        return cls(layer.weight, choices.layer(layer.block.conv), chosen)
 
 
 @dataclass(frozen=True)
@@ -62,11 +59,6 @@ class Native:
     packed: list[Packed]
     vectors: list[Vector]
 
-    @property
-    def reads(self) -> list[Node]:
-        """The nodes it reads."""
-        return self.inputs
-
 
 @dataclass
 class Builder:
@@ -76,7 +68,6 @@ class Builder:
     uses: dict[Node, list[Node]]
     """Who reads each node, of the whole network."""
     target: Target
-    layout: str
     choose: choices.Choice
     seam: int
     """How many of the first nodes run image by image."""
@@ -212,7 +203,7 @@ class Builder:
     def _read_input(self, node: Node) -> None:
         self.p.about = node
         place = self._call_buffer(node)
-        layout = self.layout if len(node.shape) == 4 else NHWC
+        layout = _layout(node)
         halo = self.wanted[node]
         if layout == NCHW and self._reads_planes(node):
             images, channels, height, width = self._shape(node)
@@ -297,7 +288,7 @@ class Builder:
         if not self.wanted[node].empty:
             return None
         batch, channels, height, width = node.map_shape
-        if self.layout == NCHW and height * width > 1 and channels > 1:
+        if _layout(node) == NCHW and height * width > 1 and channels > 1:
             return None
         return self._to_output(node)
 
@@ -313,7 +304,7 @@ class Builder:
 
     def _deliver(self, node: Node) -> None:
         m, shape = self.maps[node], self._shape(node)
-        if self.layout == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
+        if _layout(node) == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
             deliver(self.p, self.target, m, self._call_buffer(node), NCHW, shape)
         else:
             self._copy(m, Map.dense(self._call_buffer(node), *shape[1:]), shape)
@@ -402,6 +393,11 @@ class Builder:
             **fields,
         )  # fmt: skip
         self.p.work += batch * channels * outputs
+
+
+def _layout(node: Node) -> str:
+    """The layout of a node's tensor; vectors (N, C) are both."""
+    return NCHW if len(node.shape) == 4 and not node.channels_last else NHWC
 
 
 def _sides(halo: Halo) -> tuple[int, int, int, int]:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from .activations import ACTIVATIONS
 from .errors import InvalidProblem, Unsupported
 from .geometry import Window
-from .layers import Capture, LayerInfo, activation_of, observe, size_text
+from .layer_words import activation_of
+from .layers import Capture, LayerInfo, observe, size_text
 from .problem import Act, Conv, Pool
 from .reductions import REDUCTIONS
 from .reference import divisor
@@ -146,8 +147,9 @@ class Explanation:
 
     ``pool`` is None for a layer without one, ``conv`` for a pool alone. In a fused block ``conv``
     is the value that won the pool, or the largest of those that a mean is made of.
-    ``seen`` are the rows ``[y0, y1)`` and columns ``[x0, x1)`` of the network's input that the
-    value may depend on, None where that cannot be told.
+    ``seen`` are the rows ``[y0, y1)`` and columns ``[x0, x1)`` of the network's input, of ``size``
+    (height, width), that the value may depend on, None where that cannot be told. An end above
+    ``size`` goes on from 0 (:meth:`neocog.geometry.ReceptiveField.interval`).
     ``explained`` is the float64 result, ``network`` what the network computed; they may be
     ``allowed`` apart.
     """
@@ -156,6 +158,7 @@ class Explanation:
     channel: int
     at: Position
     seen: tuple[Position, Position] | None
+    size: Position
     conv: ConvTrace | None
     pool: PoolTrace | None
     explained: float
@@ -210,6 +213,7 @@ def explain_value(
         channel=channel,
         at=at,
         seen=_seen(found.info, at, x.shape[-2:]),
+        size=(x.shape[-2], x.shape[-1]),
         conv=conv,
         pool=pool,
         explained=explained,
@@ -249,14 +253,15 @@ def _conv_trace(found: Capture, conv: Conv, channel: int, at: Position) -> ConvT
     start = channel // (conv.out_channels // conv.groups) * per_group
     channels = range(start, start + per_group)
     taps = Taps.of(conv, at)
-    parameters = dict(module.named_parameters())
-    bias, residual = parameters.get("bias"), found.residual
+    # attributes and not parameters: a parametrised weight is computed when it is asked for
+    weight, bias, residual = module.weight, getattr(module, "bias", None), found.residual
+    assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
     return ConvTrace(
         at=at,
         taps=taps,
         channels=tuple(channels),
         window=taps.cut(_maps(found.x)[channels.start : channels.stop]),
-        kernel=parameters["weight"].detach()[channel].cpu().double().numpy(),
+        kernel=weight.detach()[channel].cpu().double().numpy(),
         bias=None if bias is None else float(bias.detach()[channel]),
         residual=None if residual is None else float(residual[0, channel, at[0], at[1]]),
         activation=activation_of(module),

@@ -10,16 +10,16 @@ from __future__ import annotations
 from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
-from . import norm_steps
+from . import norm_steps, strided
 from .convolutions import Weights
 from .kept import Kept, activation_of, is_norm, pool_of, undone_by_result
-from .maps import Halo, Map, halo_of, read
+from .maps import Halo, Map, read
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise
 from .network import Pooling as PoolNode
 from .pools import unpool
 from .problem import Act, Add
 from .program import LINE, Place, Program
-from .training_steps import Spec, Steps
+from .training_steps import Spec, Steps, layout
 from .weight_gradients import weight_gradient_steps
 
 IDENTITY = Act("identity")
@@ -39,9 +39,11 @@ class Backward:
 
 
 def backward_program(
-    spec: Spec, kept: Kept, wanted: Collection[Node], graded: Collection[str]
-) -> Backward:
-    """``wanted``: the nodes whose gradient is needed; ``graded``: the parameters with one."""
+    spec: Spec, kept: Kept, wanted: Collection[Node], graded: Collection[str],
+    arrived: Collection[Node],
+) -> Backward:  # fmt: skip
+    """``wanted``: the nodes whose gradient is needed; ``graded``: the parameters with one;
+    ``arrived``: the outputs whose gradients come with the call."""
     nodes = _by_depth([node for node in spec.nodes if node in wanted])
     uses = [name for node in nodes for name in _learned(node, graded)]
     gin = [i for i, node in enumerate(spec.inputs) if node in wanted]
@@ -49,7 +51,8 @@ def backward_program(
     names += [f"p {name}" for name in spec.strides]
     names += ["kept", *(f"gout{i}" for i in range(len(spec.outputs)))]
     names += [*(f"gin{i}" for i in gin), *(f"gp{i}" for i in range(len(uses)))]
-    steps = _Undo(spec, kept, Program(tuple(names)), given=True, wanted=wanted, graded=graded)
+    steps = _Undo(spec, kept, Program(tuple(names)), given=True, wanted=wanted, graded=graded,
+                  arrived=arrived)  # fmt: skip
     steps.all(nodes)
     return Backward(steps.p, tuple(gin), tuple(uses))
 
@@ -81,6 +84,7 @@ def _learned(node: Node, graded: Collection[str]) -> list[str]:
 class _Undo(Steps):
     wanted: Collection[Node] = ()
     graded: Collection[str] = ()
+    arrived: Collection[Node] = ()
     gradients: dict[Node, Hashable] = field(default_factory=dict)
     """The key of each gradient's map."""
     first_use: int = 0
@@ -95,7 +99,7 @@ class _Undo(Steps):
         for node in reversed(nodes):
             self.first_use -= len(_learned(node, self.graded))
             self.p.about = node
-            if node in self.spec.outputs:
+            if node in self.arrived:
                 self._take(node, f"gout{self.spec.outputs.index(node)}")
             self._undo(node)
         for i, node in enumerate(self.spec.inputs):
@@ -124,7 +128,12 @@ class _Undo(Steps):
         """What the convolution reaches beyond a gradient that takes it further back."""
         if not isinstance(node.op, Layer) or node.inputs[0] not in self.wanted:
             return Halo()
-        return halo_of(node.op.block.conv.grad_input())
+        conv = node.op.block.conv
+        return strided.halo(conv.grad_input(), self._weights(node.op).adjoint())
+
+    def _weights(self, op: Layer) -> Weights:
+        strides = self.spec.strides[op.weight]
+        return Weights.of(self.parameter(op.weight), strides, op.block.conv)
 
     def _own_halo(self, node: Node) -> Halo:
         """The halo of the gradient of a node's result."""
@@ -141,7 +150,7 @@ class _Undo(Steps):
 
     def _take(self, node: Node, name: str) -> None:
         """The gradient that comes from outside."""
-        m = read(self.p, self.spec.target, self.p.buffer(name), self.spec.layout, node.map_shape)
+        m = read(self.p, self.spec.target, self.p.buffer(name), layout(node), node.map_shape)
         to, adds = self._into(node)
         self.elementwise(node, "add" if adds else "copy", (), [m, to][: 1 + adds], to)
 
@@ -209,11 +218,14 @@ class _Undo(Steps):
                 p, target, conv, x, g, needs, self.spec.exact, places["w"], places["bias"]
             )
         if source in self.wanted:
-            weights = Weights.of(self.parameter(op.weight), self.spec.strides[op.weight], conv)
+            weights, adjoint = self._weights(op).adjoint(), conv.grad_input()
             out, adds = self._into(source)
             steps = (Add(),) if adds else ()
             extra = out.fields("residual") if adds else {}
-            self.convolve(conv.grad_input(), weights.adjoint(), g, out, steps, extra)
+            if strided.prefers(adjoint, weights):
+                strided.convolve(p, target, adjoint, g, weights, out, steps, extra, any_size=False)
+            else:
+                self.convolve(adjoint, weights, g, out, steps, extra)
 
     def _norm(self, node: Node, op: Pointwise, g: Map, key: Hashable) -> None:
         y, *residual = node.inputs

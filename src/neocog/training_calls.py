@@ -87,7 +87,7 @@ TRAINING_CALLS: dict[Any, Callable[..., Call | Tensor]] = {
     for f, call in {
         **{f: calls.CALLS[f] for f in (*_LAYERS, *_ADD)},
         **{f: calls.CALLS[f] for functions in calls.ELEMENTWISE.values() for f in functions},
-        **dict.fromkeys((F.batch_norm, torch.batch_norm), batch_norm),
+        F.batch_norm: batch_norm,
     }.items()
 }
 """PyTorch's function -> its operation."""

@@ -6,6 +6,7 @@ from . import choices, norm_steps
 from .convolutions import Weights
 from .fusion import LARGEST_FUSED_WINDOW
 from .kept import Kept, is_norm
+from .kernels import many_sizes
 from .maps import Map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise
 from .network import Pooling as PoolNode
@@ -67,7 +68,8 @@ class Forward(Steps):
     def _fuses(self, op: Layer, pool: Pool) -> bool:
         """Whether the pool is taken from rows in the cache: a part of direct convolution."""
         plain = self.algorithm(op.block.conv, pointwise_steps(op)) == choices.DIRECT
-        return plain and pool.step.rows.span <= LARGEST_FUSED_WINDOW
+        varies = pool.whole and many_sizes()
+        return plain and pool.step.rows.span <= LARGEST_FUSED_WINDOW and not varies
 
     def _winner_place(self, node: Node) -> Place | None:
         return self.winners(node) if node in self.kept.winners else None

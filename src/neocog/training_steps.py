@@ -13,8 +13,8 @@ from . import choices, norm_steps
 from .convolutions import Weights
 from .cpu import elementwise
 from .kept import Kept, halo_for, is_norm
-from .kernels import kernel
-from .maps import NCHW, Halo, Map, clear_halo, deliver, map_with_halo, read, scratch_map
+from .kernels import kernel, settle
+from .maps import NCHW, NHWC, Halo, Map, clear_halo, deliver, map_with_halo, read, scratch_map
 from .network import BatchStatistics, Layer, Node, Norm, Pointwise, Shape
 from .network import Pooling as PoolNode
 from .pools import pool_steps
@@ -39,7 +39,6 @@ class Spec:
     sizes: Mapping[str, int]
     """Elements of the parameters."""
     target: Target
-    layout: str
     exact: bool
 
 
@@ -99,7 +98,7 @@ class Steps:
     def _read_input(self, node: Node) -> Map:
         place = self.p.buffer(f"in{self.spec.inputs.index(node)}")
         halo = halo_for(node, self.spec.uses)
-        return read(self.p, self.spec.target, place, self.spec.layout, node.map_shape, halo)
+        return read(self.p, self.spec.target, place, layout(node), node.map_shape, halo)
 
     def new_value(self, node: Node) -> Map:
         """Memory for the map of a node: in what is kept, or scratch."""
@@ -198,12 +197,17 @@ class Steps:
         return trained(self.spec.target, conv, epilogue)
 
     def deliver(self, m: Map, node: Node, name: str) -> None:
-        """Copy a map to the call buffer of a tensor in the stage's layout."""
+        """Copy a map to the call buffer of the node's tensor, or of its gradient."""
         shape, place = node.map_shape, self.p.buffer(name)
-        if self.spec.layout == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
+        if layout(node) == NCHW and shape[1] > 1 and shape[2] * shape[3] > 1:
             deliver(self.p, self.spec.target, m, place, NCHW, shape)
         else:
             self.elementwise(node, "copy", (), [m], Map.dense(place, *shape[1:]))
+
+
+def layout(node: Node) -> str:
+    """The layout of a node's tensor, and of its gradient."""
+    return NHWC if node.channels_last else NCHW
 
 
 def trained(target: Target, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
@@ -213,7 +217,10 @@ def trained(target: Target, conv: Conv, epilogue: tuple[Step, ...] = ()) -> str:
         packing = 4 * choices.packed_elements(target, conv, name) * SLOTS_PER_BYTE
         return choices.cost(target, conv, name) + packing
 
-    return min(choices.candidates(conv, epilogue), key=cost)
+    found = choices.candidates(conv, epilogue)
+    if len(found) == 1:
+        return found[0]
+    return settle((choices.layer(conv), epilogue), lambda: min(found, key=cost))
 
 
 def pointwise_steps(layer: Layer) -> tuple[Step, ...]:

@@ -17,7 +17,6 @@ from . import choices
 from .cpu import code_cache, winograd
 from .cpu.code_cache import Entry
 from .cpu.runtime import thread_count
-from .maps import NHWC
 from .network import Input, Layer, Network, Node, Norm
 from .problem import Add, Affine, Bias, Block, Conv, Step
 from .stages import Builder, Native
@@ -101,7 +100,7 @@ def _alone(target: Target, block: Block, name: str) -> Native:
     bias = "bias" if Bias() in block.epilogue else None
     layer = network.add(Layer(block, "w", bias, norm), inputs, block.out_shape)
     network.outputs.append(layer)
-    return Builder([layer], network.uses(), target, NHWC, lambda *_: name, 0).build()
+    return Builder([layer], network.uses(), target, lambda *_: name, 0).build()
 
 
 def _numbers(shape: tuple[int, ...]) -> Tensor:

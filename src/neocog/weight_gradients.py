@@ -10,7 +10,7 @@ from .convolutions import Loops, Taps, Weights, is_depthwise
 from .cpu import copy, weight_gradient
 from .cpu.tiling import best_blocks
 from .depthwise_gradients import depthwise_weight_gradient_steps
-from .kernels import copy_kernel, kernel
+from .kernels import copy_kernel, kernel, serves_any_size
 from .maps import Map
 from .problem import Conv
 from .program import Place, Program
@@ -53,7 +53,11 @@ def weight_gradient_steps(
     if is_depthwise(conv):
         depthwise_weight_gradient_steps(p, target, conv, x, g, needs, gw, gbias)
         return
-    if "w" in needs and not exact and prefers_winograd(target, conv):
+    direct = _direct_plan(target, conv, x, bias)
+    winograd = "w" in needs and not exact and prefers_winograd(target, conv)
+    if winograd and not serves_any_size(
+        winograd_gradients.plan_of(target, conv, bias), lambda: _prepare(target, direct)
+    ):
         made = winograd_gradients.winograd_sums(p, target, conv, x, g, bias)
         taps, channels = winograd_gradients.taps_of(target, conv)
     else:
@@ -68,6 +72,24 @@ def weight_gradient_steps(
         w = Weights(p.buffer("gbias") if gbias is None else gbias, 1, 0, conv.out_channels
                     // conv.groups, 0, 0)  # fmt: skip
         _unpack(p, target, sums, w, [0], conv.groups, 1)
+
+
+def _direct_plan(
+    target: Target, conv: Conv, x: Map, bias: bool
+) -> weight_gradient.WeightGradientPlan:
+    """For maps of every size; see :func:`swaps`."""
+    channels, out_channels = conv.in_channels // conv.groups, conv.out_channels // conv.groups
+    return weight_gradient.WeightGradientPlan(
+        target, channels, out_channels, conv.cols.stride * x.pixel,
+        best_blocks(target, out_channels), bias,
+    )  # fmt: skip
+
+
+def _prepare(target: Target, plan: weight_gradient.WeightGradientPlan) -> None:
+    """Compile what sums of a Winograd layer need for maps of other sizes."""
+    kernel(plan)
+    for contiguous in (True, False):
+        copy_kernel(copy.unpack_weights, target, plan.blocks, contiguous)
 
 
 def prefers_winograd(target: Target, conv: Conv) -> bool:

@@ -14,7 +14,7 @@ from .cpu.winograd_plan import LINE, UNROLL, WinogradPlan
 from .cpu.winograd_transforms import POINTS
 from .cpu.winograd_weights import NO_TAP, pack_winograd
 from .errors import Unsupported
-from .kernels import copy_kernel
+from .kernels import copy_kernel, serves_any_size
 from .maps import FEW, Map
 from .problem import Conv, Pooling, Step
 from .program import Place, Program
@@ -22,6 +22,8 @@ from .target import Target
 
 KERNELS = {1: (3,), 2: (3, 5, 7)}
 """Stride -> sizes of kernels."""
+
+STAGES = ("input", "products", "output")
 
 STAGED_TILES = 64
 """Up to this many tiles the three stages are steps of their own, which threads share evenly."""
@@ -104,8 +106,9 @@ def plan_of(
     epilogue: tuple[Step, ...] = (),
     m: int = 4,
     stage: str = "whole",
+    any_size: bool = False,
 ) -> WinogradPlan:
-    """The plan of the kernel that does one stage of ``conv``."""
+    """The plan of the kernel that does one stage of ``conv``, or of maps of any size like it."""
     channels, out_channels = conv.in_channels, conv.out_channels
     if stage == "input":  # the same for every number of output channels, and for every epilogue
         out_channels = 1
@@ -115,8 +118,8 @@ def plan_of(
     rows, cols = _outputs(conv, epilogue)
     return WinogradPlan(
         target, channels, out_channels, m, steps, stage,
-        kernel=conv.rows.size, stride=conv.rows.stride, tails=(rows % m, cols % m),
-        folded=folds(conv),
+        kernel=conv.rows.size, stride=conv.rows.stride,
+        tails=(0, 0) if any_size else (rows % m, cols % m), folded=folds(conv), any_size=any_size,
     )  # fmt: skip
 
 
@@ -156,7 +159,13 @@ def pack(
 
 
 def grid_of(plan: WinogradPlan, conv: Conv) -> dict[str, int]:
-    """How many whole tiles the outputs of ``conv`` hold, by the names the kernels use."""
+    """How many whole tiles the outputs of ``conv`` hold, by the names the kernels use.
+
+    Where tiles of any size count as whole, all that hold outputs which ``plan`` computes.
+    """
+    if plan.any_size:
+        rows, cols = _outputs(conv, plan.epilogue)
+        return {"batch": conv.batch, "whole_y": -(-rows // plan.m), "whole_x": -(-cols // plan.m)}
     _, _, rows, cols = conv.out_shape
     return {"batch": conv.batch, "whole_y": rows // plan.m, "whole_x": cols // plan.m}
 
@@ -243,7 +252,8 @@ def convolve(
     result if the epilogue pools. ``extra``: the places of the epilogue's parameters and residual.
     """
     x = _with_padding(p, target, plan_of(target, conv, epilogue, m), conv, x, plane)
-    _computed(p, target, conv, m, epilogue, x, packed, {**out.fields("out"), **extra})
+    any_size = _serves_any_size(target, conv, epilogue, m)
+    _computed(p, target, conv, m, epilogue, x, packed, {**out.fields("out"), **extra}, any_size)
 
 
 def convolve_packing(
@@ -268,7 +278,8 @@ def convolve_packing(
         pack(p, target, part, own, packed, m)
         # All places are of vectors per channel, or of maps whose channels are neighbours.
         to = {n: f + first if isinstance(f, Place) else f for n, f in fields.items()}
-        v = _computed(p, target, part, m, epilogue, x, packed, to, v)
+        any_size = _serves_any_size(target, part, epilogue, m)
+        v = _computed(p, target, part, m, epilogue, x, packed, to, any_size, v)
 
 
 def _with_padding(
@@ -282,18 +293,33 @@ def _with_padding(
 
 def _computed(
     p: Program, target: Target, conv: Conv, m: int, epilogue: tuple[Step, ...], x: Map,
-    packed: Place, to: Mapping[str, Place | int], v: Place | None = None,
+    packed: Place, to: Mapping[str, Place | int], any_size: bool, v: Place | None = None,
 ) -> Place | None:  # fmt: skip
     """The steps that compute; ``v``: the transformed input, if it is there from an earlier part."""
-    plan = plan_of(target, conv, epilogue, m)
+    plan = plan_of(target, conv, epilogue, m, any_size=any_size)
     grid, tiles, into = grid_of(plan, conv), tiles_of(plan, conv), x.fields("x")
     p.work += conv.multiply_adds
+    size = {}
+    if any_size:
+        size = dict(zip(("rows", "cols"), _outputs(conv, epilogue), strict=True))
     if tiles > STAGED_TILES:
-        _blocks(p, plan, tiles, packed, {**grid, **into, **to})
+        _blocks(p, plan, tiles, packed, {**grid, **size, **into, **to})
     elif tiles:
-        plans = [plan_of(target, conv, epilogue, m, s) for s in ("input", "products", "output")]
-        v = _stages(p, plans, tiles, packed, grid, into, to, v)
+        plans = [plan_of(target, conv, epilogue, m, s, any_size) for s in STAGES]
+        v = _stages(p, plans, tiles, packed, grid, {**size, **into}, {**size, **to}, v)
     return v
+
+
+def _serves_any_size(target: Target, conv: Conv, epilogue: tuple[Step, ...], m: int) -> bool:
+    """Whether kernels for any size take the place of those for this one."""
+    own = plan_of(target, conv, epilogue, m)
+    staged = tiles_of(own, conv) <= STAGED_TILES
+
+    def prepare() -> None:
+        for stage in ("whole", *STAGES):
+            copy_kernel(emit, plan_of(target, conv, epilogue, m, stage, any_size=True))
+
+    return serves_any_size((own, staged), prepare)
 
 
 def fold(p: Program, target: Target, plan: WinogradPlan, conv: Conv, x: Map, plane: int) -> Map:

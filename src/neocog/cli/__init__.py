@@ -6,8 +6,12 @@ Ctrl-C in exit code 130. Anything else is a mistake of neocog's own and shows it
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -16,6 +20,8 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import NeocogError
+from ..foreign import shown, shown_lines
+from .shared import SafeLog
 
 PATIENT = frozenset({"train", "evaluate", "predict"})
 """Commands whose OpenMP threads sleep while they wait for one another.
@@ -26,18 +32,38 @@ an epoch of ``train`` took 24 to 36 seconds, and 3 to 5 with threads that sleep.
 """
 
 
+_LOG = SafeLog()
+_UsageError: Any = typer.BadParameter.__base__
+
+
+@contextmanager
+def _usage_shown() -> Iterator[None]:
+    """Wrong usage names the words that were typed, or that a shell found in a folder for ``*``."""
+    try:
+        yield
+    except _UsageError as error:
+        error.message = shown_lines(error.message)
+        raise
+
+
 class ErrorsInOneLine(TyperGroup):
     """A group of commands that reports expected errors without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
         """Runs the command; NeocogError and OSError become a line and exit code 2."""
         try:
-            return super().invoke(ctx)
+            with _usage_shown():
+                return super().invoke(ctx)
         except BrokenPipeError:  # `neocog ... | head`: Typer ends quietly
             raise
         except (NeocogError, OSError) as error:
             typer.echo(f"error: {_in_one_line(error)}", err=True)
             raise typer.Exit(2) from error
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """The options before the command."""
+        with _usage_shown():
+            return super().make_context(*args, **options)
 
 
 def _print_version(value: bool) -> None:
@@ -75,10 +101,14 @@ def neocog(
     ] = False,
 ) -> None:
     """Convolution and pooling layers for PyTorch, compiled for each layer."""
+    logging.getLogger("neocog").addFilter(_LOG)
 
 
 def main() -> None:
     """Runs the command line of this process."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what its encoding lacks is spelled out
+            stream.reconfigure(errors="backslashreplace")
     if sys.argv[1:] and sys.argv[1] in PATIENT:
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is first imported
     build_app()()
@@ -86,5 +116,5 @@ def main() -> None:
 
 def _in_one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+        return shown(f"{error.filename}: {error.strerror}")
+    return shown(str(error).strip())

@@ -17,6 +17,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from ..activations import ACTIVATIONS
+from ..foreign import shown
 from ..layers import size_text
 from ..tracing import ConvTrace, Explanation, PoolTrace, Taps
 
@@ -59,7 +60,7 @@ def check_line(found: Explanation) -> Text:
 def _headline(found: Explanation) -> Iterator[Text]:
     info = found.layer
     channels, height, width = info.out_shape
-    title = Text(f"layer {info.index} ({info.name}): ", style="bold")
+    title = Text(f"layer {info.index} ({shown(info.name)}): ", style="bold")
     yield title.append(info.what, style="not bold")
     yield Text(
         f"channel {found.channel} of {channels}, row {found.at[0]} and column {found.at[1]} "
@@ -68,10 +69,16 @@ def _headline(found: Explanation) -> Iterator[Text]:
     if found.seen is None:
         yield Text("which pixels of the input it sees cannot be told", style="dim")
     else:
-        (y0, y1), (x0, x1) = found.seen
-        yield Text(
-            f"sees {_span('row', range(y0, y1))}, {_span('column', range(x0, x1))} of the input"
-        )
+        rows, cols = map(_seen, ("row", "column"), found.seen, found.size)
+        yield Text(f"sees {rows}, {cols} of the input")
+
+
+def _seen(axis: str, seen: tuple[int, int], size: int) -> str:
+    first, stop = seen
+    if stop <= size:
+        return _span(axis, range(first, stop))
+    around = range(stop - size)
+    return f"{_span(axis, range(first, size))} and, around the edge, {_span(axis, around)}"
 
 
 def _span(axis: str, indices: Sequence[int]) -> str:

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from ..foreign import shown
 from .given import InputOption, ModelArgument, check_out, open_model
 from .reading import WeightsOption
-from .shared import JsonOption, print_json
+from .shared import ForceOption, JsonOption, check_new, print_json, say
 
 if TYPE_CHECKING:
     from ..exporting import Exported, Port
@@ -28,9 +29,10 @@ def export(
             "--out",
             metavar="FILE",
             help="Ends in .onnx (ONNX) or .pt2 (torch.export).",
-            show_default="<MODEL>.onnx",
+            show_default="<MODEL>.onnx, <MODEL>-raw.onnx with --raw",
         ),
     ] = None,
+    force: ForceOption = False,
     raw: Annotated[
         bool,
         typer.Option(
@@ -49,13 +51,15 @@ def export(
 
     It takes any number of pictures at once, and says in its metadata, under the key neocog, how
     pixels become its input and what its classes are called. Before it is written it is run, in
-    ONNX Runtime or loaded back, and has to give the network's answers.
+    ONNX Runtime or loaded back, and has to give the network's answers. A file that is there
+    already stays as it is, unless --force is given.
     """
-    path = out or Path(f"{_name(model)}.onnx")
+    path = out or Path(f"{_name(model)}{'-raw' if raw else ''}.onnx")
     check_out(path, [model, weights])
     from .. import exporting
 
     exporting.check_request(path, opset)
+    check_new(path, force)
     given = open_model(model, weights, input)
     if given.error is not None:
         raise given.error
@@ -88,11 +92,11 @@ def _say(exported: Exported) -> None:
     from ..exporting import CHECKED
 
     version = "" if exported.opset is None else f", opset {exported.opset}"
-    typer.echo(f"{exported.path}  ({exported.format}{version}, {exported.bytes:,} bytes)")
-    typer.echo(f"takes {', '.join(map(_port, exported.inputs))}: {exported.values}")
-    typer.echo(f"gives {', '.join(map(_port, exported.outputs))}")
+    say(f"{shown(exported.path)}  ({exported.format}{version}, {exported.bytes:,} bytes)")
+    say(f"takes {', '.join(map(_port, exported.inputs))}: {exported.values}")
+    say(f"gives {', '.join(map(_port, exported.outputs))}")
     batches = " and ".join(map(str, CHECKED))
-    typer.echo(
+    say(
         f"checked in {exported.checked_in} with batches of {batches}: "
         f"off by at most {exported.error:.1e} of the largest answer"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidData, InvalidProblem, NeocogError
+from ..foreign import quoted
 from .shared import program
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from torch import Tensor, nn
 
     from ..checkpoint import LoadedModel, Preprocessing
+    from ..data import DataSet
 
 Shape = tuple[int, int, int]
 
+_TEST = re.compile(r"test:-?[0-9]+")
 _SHORTHAND = re.compile(r"[0-9]*[A-Z]?[0-9]+(p[0-9]+)?(-[0-9]*[A-Z]?[0-9]+(p[0-9]+)?)*")
 
 ModelArgument = Annotated[
@@ -130,15 +132,16 @@ def numbers(option: str, text: str, form: str, count: int) -> list[int]:
     return numbers
 
 
-def read_picture_for(image: str, given: Given) -> Picture:
-    """The picture that an argument names; InvalidData if there is none that fits."""
-    from .. import data
+def read_picture_for(image: str, given: Given, model: str) -> Picture:
+    """The picture that an argument names; InvalidData if there is none that fits.
+
+    ``test:N`` is one of the test part of what ``model``, the MODEL argument, was trained on.
+    """
     from ..images import read_picture
     from ..layers import size_text
 
     in_shape, how = given.in_shape, given.loaded.preprocessing
-    number = re.fullmatch(r"test:(-?[0-9]+)", image)
-    if number is None:
+    if not is_test_picture(image):
         channels, *size = in_shape
         prepared = read_picture(
             image,
@@ -148,16 +151,68 @@ def read_picture_for(image: str, given: Given) -> Picture:
             digit_like=how.digit_like,
         )
         return Picture(_applied(how, prepared.tensor), prepared.notes)
-    test = data.load().test
-    index = int(number.group(1))
-    if not 0 <= index < len(test.images):
-        raise InvalidData(f"{image}: expected test:0 to test:{len(test.images) - 1}")
-    shape = tuple(test.images.shape[1:])
+    found = own_data(model, given.loaded, f"{image}: ")
+    index = test_number(image, found)
+    shape = tuple(found.test.images.shape[1:])
     if shape != in_shape:
         raise InvalidData(
-            f"{image} is a digit of {size_text(shape)}, the network takes {size_text(in_shape)}"
+            f"{image} of {found.name} is a picture of {size_text(shape)}, the network takes "
+            f"{size_text(in_shape)}"
         )
-    return Picture(_applied(how, test.images[index]), truth=int(test.labels[index]))
+    return Picture(_applied(how, found.test.images[index]), truth=int(found.test.labels[index]))
+
+
+def is_test_picture(image: str) -> bool:
+    """Whether an argument names a picture of the test part, as ``test:7``."""
+    return _TEST.fullmatch(image) is not None
+
+
+def test_number(image: str, found: DataSet) -> int:
+    """The N of ``test:N``; InvalidData if the test part has no such picture."""
+    index = int(image.partition(":")[2])
+    if not 0 <= index < len(found.test):
+        raise InvalidData(
+            f"{image}: expected test:0 to test:{len(found.test) - 1}, the test pictures of "
+            f"{found.name}"
+        )
+    return index
+
+
+def own_data(model: str, loaded: LoadedModel, before: str = "", strict: bool = False) -> DataSet:
+    """The pictures that a network was trained on; neocog's digits if nothing speaks against it.
+
+    A run knows its pictures. A checkpoint away from its run does not, nor does a third party's
+    model: these get the digits, unless they say that they take something else.
+
+    Raises:
+        Changed: the run's pictures are not those it was trained on; says what has changed.
+        InvalidData: the pictures cannot be read, or are not known; begins with ``before``.
+    """
+    from .. import data
+    from ..runs import Run
+
+    run = Run.of(model)
+    if run is not None:
+        return run.load_data(strict)
+    digits = data.load()
+    known = loaded.architecture is not None and loaded.classes
+    if known and not (loaded.preprocessing.digit_like and loaded.classes == digits.classes):
+        raise InvalidData(
+            f"{before}{loaded.source} was trained on pictures of its own ("
+            f"{some(loaded.classes)}), and lies in no run directory that says where they are"
+        )
+    return digits
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few of many names."""
+    return ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+
+
+def word(argument: Path | str) -> str:
+    """An argument as it is typed in a shell; a path that looks like an option as a path."""
+    text = str(argument)
+    return quoted(f"./{text}" if text.startswith("-") else text)
 
 
 def check_out(path: Path, read: Sequence[Path | str | None]) -> None:
@@ -175,8 +230,8 @@ def serve_command(
     model: str, image: str, weights: Path | None = None, size: str | None = None
 ) -> str:
     """What to type for the page of a picture with all its numbers."""
-    words = [program(), "explain", shlex.quote(model), shlex.quote(image)]
-    words += [] if weights is None else ["--weights", shlex.quote(str(weights))]
+    words = [program(), "explain", word(model), word(image)]
+    words += [] if weights is None else ["--weights", word(weights)]
     words += [] if size is None else ["--input", size]
     return " ".join([*words, "--serve"])
 

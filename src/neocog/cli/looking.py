@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..errors import InvalidProblem
+from ..foreign import shown, text_of
 from .given import (
     Given,
     InputOption,
@@ -23,12 +24,22 @@ from .given import (
     serve_command,
 )
 from .reading import WeightsOption
-from .shared import JsonOption, print_json
+from .shared import ForceOption, JsonOption, check_new, print_json, say
 
 if TYPE_CHECKING:
     from ..web.page import Page
 
 MEGA = 1_000_000
+
+InputsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="[NAME=]SIZES[:TYPE]",
+        help="A tensor that MODEL takes, as 3,224,224 or ids=12:int64; several: see above.",
+        show_default="what MODEL takes, 1,28,28 for layers",
+    ),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +51,7 @@ def register(app: typer.Typer) -> None:
 def summary(
     model: ModelArgument,
     weights: WeightsOption = None,
-    input: InputOption = None,
+    input: InputsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """List a network layer by layer: sizes, weights, work and receptive fields.
@@ -48,30 +59,45 @@ def summary(
     For each convolution and pool the size formula with its numbers, and the weights beside those
     of a fully connected layer between the same shapes. A network that cannot take its input is
     listed up to the layer that fails.
+
+    --input is given once for each tensor that MODEL takes, without the batch: 3,224,224 goes by
+    position; image=3,224,224 is the argument of that name; ids=12:int64 has another type than the
+    weights; batch.ids=12:int64 is the entry ids of a dictionary, the argument batch.
     """
-    from rich.console import Console
     from rich.text import Text
 
-    from ..layers import describe_as_far_as_it_goes, size_text
+    from ..factories import is_factory
+    from ..given_inputs import InputSpec
+    from ..layers import describe_as_far_as_it_goes
     from ..models import weight_count
     from .looking_json import summary_json
     from .summary_view import summary_view
+    from .terminal import SafeConsole
 
-    given = open_model(model, weights, input)
-    walked = describe_as_far_as_it_goes(given.loaded.model, given.in_shape)
+    specs = [InputSpec.parse(text) for text in input or ()]
+    if is_factory(model):
+        given = open_model(model, weights, "1,1,1" if specs else None)  # it may take anything
+    elif len(specs) > 1:
+        raise InvalidProblem(f"--input {specs[1]}: {model} takes one picture, expected one C,H,W")
+    else:
+        given = open_model(model, weights, input[0] if input else None)
+        specs = []
+    specs = specs or [InputSpec(given.in_shape)]
+    walked = describe_as_far_as_it_goes(given.loaded.model, *specs)
     error = walked.error or given.error
     parameters = weight_count(given.loaded.model)
     if error is not None and (as_json or not walked.layers):
         raise error
     if as_json:
-        print_json(summary_json(model, given.in_shape, walked.layers, parameters))
+        print_json(summary_json(model, specs, walked, parameters))
         return
-    console = Console(highlight=False)
+    console = SafeConsole()
     source = given.loaded.source
-    console.print(Text.assemble((source, "bold"), f" on an input of {size_text(given.in_shape)}"))
+    on = f"an input of {specs[0]}" if len(specs) == 1 else ", ".join(map(str, specs))
+    console.print(Text.assemble((shown(source), "bold"), f" on {on}"))
     console.print()
     counted = parameters if error is None else None
-    console.print(summary_view(walked.layers, given.in_shape, counted))
+    console.print(summary_view(walked, specs, counted))
     if error is not None:
         raise error
 
@@ -82,7 +108,7 @@ def explain(
         str,
         typer.Argument(
             metavar="IMAGE",
-            help="A picture file, or test:N for a picture of the digits' test part.",
+            help="A picture file, or test:N, a test picture of MODEL's own data.",
         ),
     ],
     layer: Annotated[
@@ -105,6 +131,7 @@ def explain(
         Path | None,
         typer.Option("--out", metavar="FILE", help="The page.", show_default="<IMAGE>.html"),
     ] = None,
+    force: ForceOption = False,
     layers: Annotated[
         str | None,
         typer.Option("--layers", metavar="L,L", help="Layers whose exact numbers come first."),
@@ -146,8 +173,10 @@ def explain(
         raise InvalidProblem("--serve goes with neither --json nor --layer, --channel and --at")
     path = out or Path(f"{Path(image.replace(':', '-')).stem}.html")
     check_out(path, [image, model, weights])
+    if not serve and missing:
+        check_new(path, force)
     given = open_model(model, weights, input)
-    picture = read_picture_for(image, given)
+    picture = read_picture_for(image, given, model)
     if layer is not None and channel is not None and at is not None:
         row, col = numbers("--at", at, "Y,X", 2)
         _print(model, image, given, picture, (layer, channel, (row, col)), show_all, as_json)
@@ -156,8 +185,8 @@ def explain(
     from ..web.payload import About
 
     about = About(
-        model=model,
-        image=image,
+        model=text_of(model),
+        image=text_of(image),
         notes=picture.notes,
         command=serve_command(model, image, weights, input),
         classes=given.loaded.classes or None,
@@ -179,7 +208,7 @@ def explain(
         page.save(path)
         if as_json:
             exact = [name for name, exact in page.layers() if exact]
-            print_json({"page": str(path), "bytes": path.stat().st_size, "exact": exact})
+            print_json({"page": text_of(path), "bytes": path.stat().st_size, "exact": exact})
         else:
             _say(page, path)
             if _on_desktop() and not no_open:
@@ -198,12 +227,12 @@ def _print(
     as_json: bool,
 ) -> None:
     """One number, on the terminal."""
-    from rich.console import Console
     from rich.text import Text
 
     from ..tracing import explain_value
     from .explain_view import Look, explain_view
     from .looking_json import explanation_json
+    from .terminal import SafeConsole
 
     layer, channel, at = place
     wanted = int(layer) if layer.isdecimal() else layer
@@ -211,13 +240,13 @@ def _print(
     if as_json:
         print_json(explanation_json(model, image, picture.notes, found))
     else:
-        console = Console(highlight=False)
+        console = SafeConsole()
         for note in picture.notes:
-            console.print(Text(f"note: {note}", style="dim"))
+            console.print(Text(f"note: {shown(note)}", style="dim"))
         padding = "." if console.options.ascii_only else "·"
         console.print(explain_view(found, Look(console.width, show_all, padding)))
     if not found.matches:
-        typer.echo(
+        say(
             f"the explanation gives {found.explained:.9g} but the network {found.network:.9g}: "
             f"they differ by {found.difference:.1e}, at most {found.allowed:.1e} is rounding",
             err=True,
@@ -227,25 +256,25 @@ def _print(
 
 def _say(page: Page, path: Path) -> None:
     """Where the page is, and what it holds."""
-    typer.echo(f"{path}  ({path.stat().st_size / MEGA:.1f} MB)")
+    say(f"{shown(path)}  ({path.stat().st_size / MEGA:.1f} MB)")
     pictures = [name for name, exact in page.layers() if not exact]
     if pictures:
-        shown = ", ".join(pictures[:4]) + (f" and {len(pictures) - 4} more" if pictures[4:] else "")
-        typer.echo(f"pictures only, without exact numbers: {shown}")
-        typer.echo(f"for all numbers: {page.data['command']}")
+        first = ", ".join(pictures[:4]) + (f" and {len(pictures) - 4} more" if pictures[4:] else "")
+        say(f"pictures only, without exact numbers: {shown(first)}")
+        say(f"for all numbers: {page.data['command']}")
 
 
 def _serve(page: Page, port: int, browse: bool) -> None:
     from ..web.server import Server
 
     with Server(page, port) as server:
-        typer.echo(f"{server.url}  (Ctrl-C stops)")
+        say(f"{server.url}  (Ctrl-C stops)")
         if browse:
             typer.launch(server.url)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
-            typer.echo("")
+            say("")
 
 
 def _on_desktop() -> bool:

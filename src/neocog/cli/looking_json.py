@@ -9,22 +9,33 @@ from typing import Any
 
 import numpy as np
 
-from ..layers import LayerInfo
+from ..given_inputs import InputSpec
+from ..layers import LayerInfo, Walked
 from ..problem import Conv
 from ..sight import Field, Sight
 from ..tracing import ConvTrace, Explanation, PoolTrace
 
 
 def summary_json(
-    model: str, in_shape: Sequence[int], layers: Sequence[LayerInfo], parameters: int
+    model: str, inputs: Sequence[InputSpec], walked: Walked, parameters: int
 ) -> dict[str, Any]:
-    """What ``neocog summary --json`` prints."""
+    """What ``neocog summary --json`` prints; ``input`` is the shape of the first of ``inputs``."""
+    layers, held = walked.layers, walked.held
     return {
         "model": model,
-        "input": in_shape,
+        "input": inputs[0].shape,
+        "inputs": [
+            {
+                "name": x.name,
+                "shape": x.shape,
+                "dtype": x.dtype and str(x.dtype).removeprefix("torch."),
+            }
+            for x in inputs
+        ],
         "layers": [_layer_json(info) for info in layers],
-        "weights": sum(info.weights for info in layers),
-        "biases": sum(info.biases for info in layers),
+        "held": [asdict(part) for part in held],
+        "weights": sum(i.weights for i in layers) + sum(p.count for p in held if not p.is_bias),
+        "biases": sum(i.biases for i in layers) + sum(p.count for p in held if p.is_bias),
         "multiply_adds": sum(info.multiply_adds or 0 for info in layers),
         "parameters": parameters,
     }
@@ -53,7 +64,13 @@ def _layer_json(info: LayerInfo) -> dict[str, Any]:
 
 
 def _sight_json(sight: Sight) -> Any:
-    return asdict(sight) if isinstance(sight, Field) else sight.value
+    if not isinstance(sight, Field):
+        return sight.value
+    axes = asdict(sight)
+    return {
+        name: {key: value for key, value in axis.items() if value is not None}
+        for name, axis in axes.items()
+    }
 
 
 def explanation_json(model: str, image: str, notes: Sequence[str], found: Explanation) -> Any:

@@ -13,7 +13,7 @@ import typer
 
 from ..errors import InvalidProblem
 from ..problem import Add, Bias, Block, Conv, Pool, Problem, parse
-from .shared import JsonOption, print_json
+from .shared import ForceOption, JsonOption, check_new, print_json, say
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from ..cpu.runtime import Kernel
@@ -23,6 +23,8 @@ if TYPE_CHECKING:  # torch takes a second or two to import: only a command that 
 
 ROUNDS, RACE_ROUNDS = 25, 7
 BATCHES, RACE_THREADS = "1,16", "1,2"
+PRINTED = Path("-")
+"""Stands for stdout."""
 
 
 def register(app: typer.Typer) -> None:
@@ -120,6 +122,7 @@ def bench(
     peers: PeersOption = None,
     filter: FilterOption = "",
     rounds: RoundsOption = None,
+    force: ForceOption = False,
 ) -> None:
     """Measure neocog's kernels beside the processor's peak and PyTorch, in one run.
 
@@ -131,9 +134,9 @@ def bench(
     alone = {"--networks": networks, "--layers": layers, "--training": training}
     chosen = [option for option, given in alone.items() if given]
     if not (blocks or network or chosen):
-        typer.echo(what_can_be_measured())
+        say(what_can_be_measured())
         return
-    _check_options(json_file, plot, rounds)
+    _check_options(json_file, plot, rounds, force)
     if chosen:
         if blocks or network or len(chosen) > 1:
             raise InvalidProblem(f"{chosen[0]}: alone, without other things to measure")
@@ -162,11 +165,16 @@ def bench(
     _measure(blocks, network, json_file, count, filter, rounds or ROUNDS)
 
 
-def _check_options(json_file: Path | None, plot: Path | None, rounds: int | None) -> None:
+def _check_options(
+    json_file: Path | None, plot: Path | None, rounds: int | None, force: bool
+) -> None:
     """Before anything is measured, for that takes a while."""
     for option, file in (("--json", json_file), ("--plot", plot)):
-        if file is not None and not file.parent.is_dir():
+        if file is None or file == PRINTED:
+            continue
+        if not file.parent.is_dir():
             raise InvalidProblem(f"{option} {file}: there is no folder {file.parent}")
+        check_new(file, force, option)
     if rounds is not None and rounds < 1:
         raise InvalidProblem(f"--rounds {rounds}: expected at least 1")
 
@@ -287,7 +295,7 @@ def _processors() -> int:
 
 
 def _is_printed(json_file: Path | None) -> bool:
-    return str(json_file) == "-"
+    return json_file == PRINTED
 
 
 def _keep(rows: Sequence[dict[str, Any]], json_file: Path | None) -> None:
@@ -307,16 +315,15 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Exit code 1 if the self test fails.
     """
-    from rich.console import Console
-
     from ..diagnosis import diagnosis
     from .machine_view import diagnosis_view
+    from .terminal import SafeConsole
 
     found = diagnosis()
     if as_json:
         print_json(found)
     else:
-        Console(highlight=False).print(diagnosis_view(found))
+        SafeConsole().print(diagnosis_view(found))
     if not found["ok"]:
         raise typer.Exit(1)
 
@@ -362,12 +369,12 @@ def inspect(
         return
     if plan or not (ir or asm):
         for name, value in facts.items():
-            typer.echo(f"{name.replace('_', ' ')}: {value}")
-        typer.echo(str(program))
+            say(f"{name.replace('_', ' ')}: {value}")
+        say(str(program))
     for kernel in kernels:
         for kind, comment in (("llvm_ir", ";"), ("assembly", "#")):
             if kind in kernel:
-                typer.echo(f"{comment} {kernel['name']}\n{kernel[kind]}")
+                say(f"{comment} {kernel['name']}\n{kernel[kind]}")
 
 
 def _target(name: str) -> Target:

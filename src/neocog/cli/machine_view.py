@@ -16,6 +16,7 @@ from ..diagnosis import cpu_name
 from ..network_benchmark import ARCHITECTURE, NetworkCase, NetworkRow
 from ..target import host
 from .shared import plain_table
+from .terminal import SafeConsole
 
 WIDTH = 132
 """Columns of a table that goes into a file or a pipe."""
@@ -56,7 +57,7 @@ def what_can_be_measured() -> str:
 
 def wide_console(quiet: bool) -> Console:
     """A console for tables, wide enough for them where it is no terminal."""
-    console = Console(highlight=False, quiet=quiet)
+    console = SafeConsole(quiet=quiet)
     if not console.is_terminal:
         console.width = WIDTH
     return console

@@ -32,6 +32,7 @@ from ..race import (
     standings,
 )
 from .shared import plain_table
+from .terminal import SafeConsole
 
 WIDTH = 150
 """Columns of a table that goes into a file or a pipe."""
@@ -78,7 +79,7 @@ def engines(names: str | None, known: Collection[str] = ENGINES) -> list[str]:
 
 def wide_console(quiet: bool) -> Console:
     """A console for these tables, wide enough for them where it is no terminal."""
-    console = Console(highlight=False, quiet=quiet)
+    console = SafeConsole(quiet=quiet)
     if not console.is_terminal:
         console.width = WIDTH
     return console

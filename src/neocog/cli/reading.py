@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import InvalidModel
-from .shared import JsonOption, ThreadsOption, print_json, use_threads
+from ..errors import InvalidData, InvalidModel
+from ..foreign import readable, text_of
+from .given import is_test_picture, own_data, some, test_number, word
+from .shared import JsonOption, ThreadsOption, print_json, program, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
     from torch import Tensor
 
     from ..checkpoint import LoadedModel
-    from ..data import DataSet
+    from ..data import DataSet, Split
+    from ..images import PreparedPicture
 
 ModelArgument = Annotated[
     str,
@@ -34,6 +37,9 @@ InputOption = Annotated[
     typer.Option(
         "--input", metavar="C,H,W", help="What package.module:factory takes, if it does not say."
     ),
+]
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Refuse pictures that cannot be read: leave none out.")
 ]
 
 
@@ -55,6 +61,7 @@ def evaluate(
     ] = None,
     weights: WeightsOption = None,
     input: InputOption = None,
+    strict: StrictOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -64,20 +71,17 @@ def evaluate(
 
     use_threads(threads)
     loaded = _open(model, weights, input)
-    found = _test_data(model, path, loaded)
+    found, notes = _test_data(model, path, loaded, strict)
     answers = _answers(loaded, found.test.images[:1])
     if answers.shape[1] != len(found.classes):
+        new = [name for name in found.classes if name not in loaded.classes]
+        more = f"; {some(new)} is none of the network's" if loaded.classes and new else ""
         raise InvalidModel(
             f"{loaded.source}: tells {answers.shape[1]} classes apart, {found.name} has "
-            f"{len(found.classes)} ({_some(found.classes)})"
+            f"{len(found.classes)} ({some(found.classes)}){more}"
         )
-    notes = list(found.notes)
-    if loaded.classes and loaded.classes != tuple(found.classes):
-        notes.append(
-            f"the classes of the network ({_some(loaded.classes)}) and of {found.name} "
-            f"({_some(found.classes)}) are taken for the same, in this order"
-        )
-    result = judge(loaded.model, found.test, loaded.preprocessing, found.classes)
+    test, classes = _aligned(loaded.classes, found, notes)
+    result = judge(loaded.model, test, loaded.preprocessing, classes)
     if as_json:
         about = {"model": loaded.source, "data": found.name, "notes": notes}
         print_json({**about, **result.to_dict()})
@@ -88,19 +92,23 @@ def evaluate(
 def predict(
     model: ModelArgument,
     pictures: Annotated[
-        list[Path],
-        typer.Argument(metavar="IMAGE...", help="Picture files, or folders of them."),
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Picture files, folders of them, or test:N, a test picture of MODEL's own data.",
+        ),
     ],
     top: Annotated[int, typer.Option(metavar="K", help="How many classes to print.")] = 3,
     weights: WeightsOption = None,
     input: InputOption = None,
+    strict: StrictOption = False,
     threads: ThreadsOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say what a network reads in pictures of any format and size, and how sure it is."""
     import torch
 
-    from ..images import expand, read_picture
+    from ..images import PreparedPicture, left_out
     from ..settings import InvalidSetting
     from .reading_view import Prediction, print_predictions
 
@@ -110,34 +118,24 @@ def predict(
     loaded = _open(model, weights, input)
     if loaded.in_shape is None:
         raise InvalidModel(f"{loaded.source}: does not say what it takes; expected --input C,H,W")
-    channels, height, width = loaded.in_shape
-    how = loaded.preprocessing
-    paths = expand(pictures)
-    read = [
-        read_picture(
-            path,
-            channels,
-            (height, width),
-            background=how.background,
-            digit_like=how.digit_like,
-        )
-        for path in paths
-    ]
-    answers = _answers(loaded, torch.stack([picture.tensor for picture in read]))
+    given = _read_all(model, loaded, loaded.in_shape, pictures)
+    read = [one.tensor for _, one in given if isinstance(one, PreparedPicture)]
+    notes = left_out([one for _, one in given if isinstance(one, str)], len(given), strict)
+    answers = _answers(loaded, torch.stack(read))
     shares, order = answers.double().softmax(dim=1).sort(dim=1, descending=True, stable=True)
     classes = loaded.classes or tuple(map(str, range(answers.shape[1])))
-    predictions = [
-        Prediction(
-            str(path),
-            picture.notes,
-            [(classes[i], p) for i, p in zip(o.tolist(), s.tolist(), strict=True)][:top],
-        )
-        for path, picture, o, s in zip(paths, read, order, shares, strict=True)
-    ]
+    tops = iter(zip(order.tolist(), shares.tolist(), strict=True))
+    predictions = []
+    for path, one in given:
+        if isinstance(one, str):
+            predictions.append(Prediction(path, (), [], one))
+            continue
+        top_k = [(classes[i], share) for i, share in zip(*next(tops), strict=True)][:top]
+        predictions.append(Prediction(path, one.notes, top_k))
     if as_json:
         print_json([prediction.to_dict() for prediction in predictions])
     else:
-        print_predictions(predictions)
+        print_predictions(predictions, notes[:1])
 
 
 def _open(spec: str, weights: Path | None, size: str | None) -> LoadedModel:
@@ -156,22 +154,138 @@ def _open(spec: str, weights: Path | None, size: str | None) -> LoadedModel:
     return replace(loaded, in_shape=(channels, height, width))
 
 
-def _test_data(model: str, path: Path | None, loaded: LoadedModel) -> DataSet:
-    """The data to judge a model by, in the shape that it takes."""
-    from .. import data
-    from ..runs import CONFIG, Run
+def _read_all(
+    model: str, loaded: LoadedModel, in_shape: tuple[int, int, int], arguments: list[str]
+) -> list[tuple[str, PreparedPicture | str]]:
+    """Each picture by its name, in order; what cannot be read as the line that says why."""
+    from ..images import PreparedPicture, expand, read_picture
 
-    if path is None and (Path(model) / CONFIG).is_file():
-        run = Run.open(Path(model))
-        return run.load_data()
-    if loaded.in_shape is None:
-        return data.load(path)
-    channels, height, width = loaded.in_shape
-    if channels not in (1, 3):
+    channels, height, width = _of_pictures(in_shape, loaded)
+    how = loaded.preprocessing
+    own: DataSet | None = None
+    found: list[tuple[str, PreparedPicture | str]] = []
+    for argument in arguments:
+        if is_test_picture(argument):
+            own = own or _fitting(own_data(model, loaded, f"{argument}: "), in_shape, argument)
+            picture = own.test.images[test_number(argument, own)]
+            found.append((argument, PreparedPicture(picture, (height, width), ())))
+            continue
+        try:
+            paths = expand([argument])
+        except InvalidData as error:
+            found.append((text_of(argument), readable(str(error))))
+            continue
+        for path in paths:
+            try:
+                prepared = read_picture(
+                    path,
+                    channels,
+                    (height, width),
+                    background=how.background,
+                    digit_like=how.digit_like,
+                )
+                found.append((text_of(path), prepared))
+            except InvalidData as error:
+                found.append((text_of(path), readable(str(error))))
+    return found
+
+
+def _of_pictures(in_shape: tuple[int, int, int], loaded: LoadedModel) -> tuple[int, int, int]:
+    """``in_shape``; InvalidModel if no picture has so many channels."""
+    if in_shape[0] not in (1, 3):
         raise InvalidModel(
-            f"{loaded.source}: takes {channels} channels, pictures give 1 (grey) or 3 (colour)"
+            f"{loaded.source}: takes {in_shape[0]} channels, pictures give 1 (grey) or 3 (colour)"
         )
-    return data.load(path, size=(height, width), colour=channels == 3)
+    return in_shape
+
+
+def _fitting(found: DataSet, in_shape: tuple[int, int, int], argument: str) -> DataSet:
+    if found.in_shape != in_shape:
+        shapes = ["x".join(map(str, shape)) for shape in (found.in_shape, in_shape)]
+        raise InvalidData(
+            f"{argument} of {found.name} is a picture of {shapes[0]}, the network takes {shapes[1]}"
+        )
+    return found
+
+
+def _test_data(
+    model: str, path: Path | None, loaded: LoadedModel, strict: bool
+) -> tuple[DataSet, list[str]]:
+    """The data to judge a model by, in the shape that it takes, and what is to be said of it."""
+    from .. import data
+    from ..runs import Changed, Run
+
+    if loaded.in_shape is not None:
+        _of_pictures(loaded.in_shape, loaded)
+    if path is None:
+        try:
+            found = own_data(model, loaded, strict=strict)
+        except Changed as error:
+            run = Run.of(model)
+            own = None if run is None else run.source.path
+            if own is None or len(error.found.classes) != len(loaded.classes):
+                raise
+            command = f"{program()} evaluate {word(model)} {word(own)}"
+            raise InvalidData(f"{error}; to judge it by these all the same: {command}") from error
+        return found, list(found.notes)
+    if loaded.in_shape is None:
+        found = data.load(path, strict=strict)
+        return found, list(found.notes)
+    channels, height, width = loaded.in_shape
+    found = data.load(path, size=(height, width), colour=channels == 3, strict=strict)
+    notes = list(found.notes)
+    return found, notes + _changed(model, path)
+
+
+def _changed(model: str, path: Path) -> list[str]:
+    """A note if ``path`` holds what a run was trained on, and has changed since."""
+    from ..runs import Run
+
+    try:
+        run = Run.of(model)
+    except InvalidModel:  # the network has been read; about its pictures nothing is known
+        return []
+    own = None if run is None else run.source.path
+    if run is None or own is None or not (Path(own).exists() and path.samefile(own)):
+        return []
+    changes = run.changes()
+    if not changes:
+        return []
+    return [
+        f"since {text_of(run.folder)} was trained: {changes}. It may have been trained on some of "
+        "the test pictures"
+    ]
+
+
+def _aligned(
+    known: tuple[str, ...], found: DataSet, notes: list[str]
+) -> tuple[Split, tuple[str, ...]]:
+    """The test part with the labels that the network has learned, and the names of its classes.
+
+    A class that the network knows by name is that one. Those left over are taken for one another
+    in their order, and that is noted.
+    """
+    import torch
+
+    from ..data import Split
+
+    classes = found.classes
+    if known == classes or len(set(known)) != len(classes):
+        return found.test, classes
+    left = [name for name in known if name not in classes]
+    others = [name for name in classes if name not in known]
+    taken = dict(zip(others, left, strict=True))
+    if others:
+        notes.append(
+            f"the classes of {found.name} ({some(others)}) are taken for those of the network "
+            f"({some(left)}), in this order"
+        )
+    label = torch.tensor([known.index(taken.get(name, name)) for name in classes])
+    names = {mine: theirs for theirs, mine in taken.items()}
+    return (
+        Split(found.test.images, label[found.test.labels]),
+        tuple(names.get(name, name) for name in known),
+    )
 
 
 def _answers(loaded: LoadedModel, images: Tensor) -> Tensor:
@@ -194,8 +308,3 @@ def _answers(loaded: LoadedModel, images: Tensor) -> Tensor:
             f"{loaded.source}: its answers are not finite, its weights are of no use"
         )
     return answers
-
-
-def _some(names: Any) -> str:
-    shown = list(map(str, names[:4]))
-    return ", ".join(shown) + (", ..." if len(names) > 4 else "")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import load_model
+from ..foreign import path_of, text_of
 from ..runs import Run
 from ..web.page import make_page
 from ..web.payload import About
@@ -21,14 +22,14 @@ def write_pages(run: Run, metrics: Mapping[str, Any]) -> list[Path]:
     for kind, name in metrics["examples"].items():
         if name is None:
             continue
-        image = run.folder / name
+        image = run.folder / path_of(name)
         path = image.with_suffix(".html")
         if path.exists():  # of a finished run that is resumed: nothing of it has changed
             written.append(path)
             continue
-        picture = read_picture_for(str(image), Given(loaded, loaded.in_shape))
+        picture = read_picture_for(str(image), Given(loaded, loaded.in_shape), str(run.folder))
         about = About(
-            model=str(run.folder),
+            model=text_of(run.folder),
             image=name,
             notes=picture.notes,
             command=serve_command(str(run.folder), str(image)),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import shlex
+import logging
+import os
 import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ..errors import InvalidProblem
+from ..foreign import as_json, quoted, shown_lines
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -24,6 +27,7 @@ ThreadsOption = Annotated[
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead.")]
+ForceOption = Annotated[bool, typer.Option("--force", help="Replace a file that is there already.")]
 
 
 def use_threads(threads: int | None) -> None:
@@ -39,9 +43,39 @@ def use_threads(threads: int | None) -> None:
     torch.set_num_threads(threads)
 
 
+def say(text: str, *, err: bool = False) -> None:
+    """Prints lines of plain text to stdout or stderr, see :mod:`neocog.foreign`."""
+    typer.echo(shown_lines(text), err=err)
+
+
 def print_json(value: Any) -> None:
     """Prints a value as JSON, which knows no NaN."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    typer.echo(as_json(value))
+
+
+class SafeLog(logging.Filter):
+    """Spells out in the records of a logger what a terminal would obey."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Lets every record through, its message complete."""
+        record.msg, record.args = shown_lines(record.getMessage()), ()
+        return True
+
+
+def check_new(path: Path | None, force: bool, option: str = "--out") -> None:
+    """InvalidProblem for a file that is there already, unless it may be replaced.
+
+    What is no plain file (a device, a pipe) is never replaced.
+    """
+    if path is None or not os.path.lexists(path):
+        return
+    if not path.is_file() and not path.is_symlink():
+        raise InvalidProblem(f"{option} {path}: is no plain file, expected a new one")
+    if not force:
+        raise InvalidProblem(
+            f"{path}: is there already; expected --force to replace it, or another name "
+            f"by {option} FILE"
+        )
 
 
 def plain_table(title: str, **more: Any) -> Table:
@@ -71,8 +105,8 @@ def program() -> str:
     """How this program was called, so that what it prints can be typed as it stands."""
     called = Path(sys.argv[0])
     if called.name == "__main__.py":
-        return f"{shlex.quote(sys.executable)} -m neocog"
+        return f"{quoted(sys.executable)} -m neocog"
     found = shutil.which(called.name)
     if found is not None and Path(found).resolve() == called.resolve():
         return called.name
-    return shlex.quote(str(called))
+    return quoted(str(called))

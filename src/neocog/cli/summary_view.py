@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Group, RenderableType
@@ -9,7 +10,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from ..layers import LayerInfo, Stage, size_text
+from ..foreign import shown
+from ..given_inputs import InputSpec
+from ..layers import LayerInfo, Stage, Walked, size_text
+from ..ownership import Held
 from ..problem import Conv, Pool
 from ..sight import Beyond, Field
 from .shared import plain_table
@@ -18,21 +22,22 @@ _LISTED = 4  # indices of unreached rows or columns before the rest is only coun
 
 
 def summary_view(
-    layers: Sequence[LayerInfo], in_shape: Sequence[int], all_parameters: int | None
+    walked: Walked, inputs: Sequence[InputSpec], all_parameters: int | None
 ) -> RenderableType:
     """Everything ``neocog summary`` prints below its headline.
 
     ``all_parameters`` counts the model's own, those outside of the listed layers included; None
     for a list that stops short.
     """
-    parts: list[RenderableType] = [_layers(layers, in_shape), *_notes(_layer_notes(layers))]
+    layers, held = walked.layers, walked.held
+    parts: list[RenderableType] = [_layers(layers, inputs), *_notes(_layer_notes(layers))]
     if any(stage.problem for info in layers for stage in info.stages):
         parts += [_sizes(layers), *_notes(_SIZE_NOTES)]
-    parts += [_weights(layers), *_notes(_weight_notes(layers, all_parameters))]
+    parts += [_weights(layers, held), *_notes(_weight_notes(layers, held, all_parameters))]
     return Group(*parts)
 
 
-def _layers(layers: Sequence[LayerInfo], in_shape: Sequence[int]) -> Table:
+def _layers(layers: Sequence[LayerInfo], inputs: Sequence[InputSpec]) -> Table:
     table = _table("layers")
     table.add_column("#", justify="right", style="cyan")
     table.add_column("name", overflow="fold")
@@ -40,11 +45,13 @@ def _layers(layers: Sequence[LayerInfo], in_shape: Sequence[int]) -> Table:
     table.add_column("output", justify="right", no_wrap=True, style="bold")
     table.add_column("sees", justify="right", no_wrap=True)
     table.add_column("jump", justify="right", no_wrap=True)
-    table.add_row("", "", Text("the input", style="dim"), Text(size_text(in_shape), style="dim"))
+    for given in inputs:
+        name = "the input" if given.name is None else f"the input {given.name}"
+        table.add_row("", "", Text(name, style="dim"), Text(size_text(given.shape), style="dim"))
     for info in layers:
         for place, stage in enumerate(info.stages):
-            index, name = (str(info.index), info.name) if place == 0 else ("", "")
-            what = stage.what if place == 0 else f"+ {stage.what}"
+            index, name = (str(info.index), shown(info.name)) if place == 0 else ("", "")
+            what = shown(stage.what) if place == 0 else f"+ {stage.what}"
             output = size_text(stage.out_shape)
             table.add_row(index, Text(name), Text(what), output, *_sight_cells(stage))
     return table
@@ -55,12 +62,14 @@ def _sight_cells(stage: Stage) -> tuple[str, str]:
     if isinstance(sight, Field):
         rows, cols = sight.rows, sight.cols
         jump = f"{rows.jump}" if rows.jump == cols.jump else f"{rows.jump}x{cols.jump}"
-        return f"{rows.size}x{cols.size}", jump
+        return f"{rows.size}x{cols.size}{' *' if sight.round else ''}", jump
     return {Beyond.ALL: ("all", ""), Beyond.FLAT: ("", ""), Beyond.UNKNOWN: ("?", "?")}[sight]
 
 
 def _layer_notes(layers: Sequence[LayerInfo]) -> list[str]:
     notes = ["sees: the window of the input behind one output; jump: on to the next one's"]
+    if any(isinstance(s.sight, Field) and s.sight.round for info in layers for s in info.stages):
+        notes.append("*: padded in a circle: outputs at one edge see the opposite edge too")
     if any(stage.sight is Beyond.UNKNOWN for info in layers for stage in info.stages):
         notes.append("?: cannot be told from what happens between the input and this layer")
     return notes
@@ -101,7 +110,7 @@ def _indices(axis: str, indices: tuple[int, ...]) -> str:
     return f"{axis}{_plural(len(indices))} {shown}{more}"
 
 
-def _weights(layers: Sequence[LayerInfo]) -> Table:
+def _weights(layers: Sequence[LayerInfo], held: Sequence[Held]) -> Table:
     table = _table("weights")
     table.add_column("#", justify="right", style="cyan")
     table.add_column("weights")
@@ -112,8 +121,15 @@ def _weights(layers: Sequence[LayerInfo]) -> Table:
     for info in layers:
         for stage in info.stages:
             table.add_row(str(info.index), *_weight_cells(info, stage))
-    table.add_section()
     weights, biases = sum(info.weights for info in layers), sum(info.biases for info in layers)
+    for part in held:
+        is_bias = part.is_bias
+        weights, biases = weights + part.count * (not is_bias), biases + part.count * is_bias
+        name = f"{shown(part.name)}, {size_text(part.shape) or 'a number'}"
+        table.add_row(
+            "", *((name, f"{part.count:,}") if is_bias else (f"{name} = {part.count:,}",))
+        )
+    table.add_section()
     work = sum(info.multiply_adds or 0 for info in layers)
     table.add_row("", f"{weights:,} in all", f"{biases:,}", "", f"{work:,}", style="bold")
     return table
@@ -129,29 +145,40 @@ def _weight_cells(info: LayerInfo, stage: Stage) -> tuple[str | Text, str, str, 
         kept = f"no weights, {problem.channels} channel{_plural(problem.channels)} kept"
         return Text(kept, style="dim"), "", "", ""
     work = "?" if info.multiply_adds is None else f"{info.multiply_adds:,}"
-    if info.shared_with is not None and isinstance(problem, Conv):
-        return Text(f"those of layer {info.shared_with}", style="dim"), "", "", work
+    if info.shared_with is not None:
+        more = f" and {info.weights:,} more" if info.weights else ""
+        biases = f"{info.biases:,}" if info.biases else ""
+        return Text(f"those of layer {info.shared_with}{more}", style="dim"), biases, "", work
     if isinstance(problem, Conv):
         kernels, *each = problem.weight_shape
         weights = f"{kernels} kernel{_plural(kernels)} of {size_text(each)}"
+        if info.weights != math.prod(problem.weight_shape):
+            weights += f", kept as {info.weights:,}"
+        else:
+            weights += f" = {info.weights:,}"
         dense = f"{info.dense_weights:,} + {info.dense_biases:,}"
-        return f"{weights} = {info.weights:,}", f"{info.biases:,}", dense, work
+        return weights, f"{info.biases:,}", dense, work
     if info.weights == info.biases == 0:
         return Text("none", style="dim"), "", "", "" if work == "0" else work
     if info.features is not None:
         inputs, outputs = info.features
-        return f"{inputs} x {outputs} = {info.weights:,}", f"{info.biases:,}", "", work
+        equals = "=" if info.weights == inputs * outputs else "kept as"
+        return f"{inputs} x {outputs} {equals} {info.weights:,}", f"{info.biases:,}", "", work
     return f"{info.weights:,}", f"{info.biases:,}", "", work
 
 
-def _weight_notes(layers: Sequence[LayerInfo], all_parameters: int | None) -> list[str]:
+def _weight_notes(
+    layers: Sequence[LayerInfo], held: Sequence[Held], all_parameters: int | None
+) -> list[str]:
     notes = []
     if _convolves(layers):
         notes.append("a kernel: input channels x height x width, one for each output channel")
         notes.append(
             "fully connected: every input to every output of the convolution, C*H*W*K*OH*OW"
         )
-    listed = sum(info.weights + info.biases for info in layers)
+    if held:
+        notes.append("without a number: what the network holds beside its layers, by name")
+    listed = sum(info.weights + info.biases for info in layers) + sum(p.count for p in held)
     outside = 0 if all_parameters is None else all_parameters - listed
     if outside:
         notes.append(f"{outside:,} more parameters belong to no layer that this input passes")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
 import signal
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import NeocogError
+from ..foreign import text_of
+from .given import word
+from .reading import StrictOption
 from .shared import JsonOption, ThreadsOption, print_json, use_threads
 
 if TYPE_CHECKING:  # torch takes a second or two to import: only a command that runs pays for it
@@ -107,6 +110,7 @@ def train(
             show_default="neocog",
         ),
     ] = None,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Train a network on pictures, and a multilayer perceptron beside it to compare with.
@@ -124,18 +128,20 @@ def train(
     given = {name: value for name, value in settings.items() if value is not None}
     group = join()
     view = TrainingView(to_stderr=as_json, quiet=not group.first)
+    held = ExitStack()  # the lock of the run
     try:
-        with group.watched():
-            if resume is not None:
-                others = {"PATH": path, "device": device, "out": out, "size": size}
-                _refuse_beside_resume(resume, {**others, **given})
-                run, trainer = _resumed(resume, threads, group, view.notes)
-            else:
-                source = (path, size)
-                run, trainer = _begun(
-                    source, given, device or "cpu", threads, group, out, view.notes
-                )
-        _run(run, trainer, view, as_json)
+        with held:
+            with group.watched():
+                if resume is not None:
+                    others = {"PATH": path, "device": device, "out": out, "size": size}
+                    _refuse_beside_resume(resume, {**others, **given})
+                    run, trainer = _resumed(resume, threads, group, view.notes, strict, held)
+                else:
+                    source = (path, size, strict)
+                    run, trainer = _begun(
+                        source, given, device or "cpu", threads, group, out, view.notes, held
+                    )
+            _run(run, trainer, view, as_json)
     except typer.Exit:
         raise
     except Exception:
@@ -166,11 +172,11 @@ def _run(run: Run, trainer: Trainer, view: TrainingView, as_json: bool) -> None:
         raise typer.Exit(130) from None
     except WorkerLost as error:
         kept = f"{_kept(run, trainer)} of {run.settings.epochs} epochs are kept"
-        command = f"{group.command} train --resume {shlex.quote(str(run.folder))}"
+        command = f"{group.command} train --resume {word(run.folder)}"
         raise WorkerLost(f"{error}: the run stops; {kept}. Go on by: {command}") from error
     pages = _pages(run, metrics, view.notes)
     if as_json:
-        print_json({"run": str(run.folder), "pages": [str(page) for page in pages], **metrics})
+        print_json({"run": text_of(run.folder), "pages": [*map(text_of, pages)], **metrics})
     else:
         view.results(run, metrics, pages)
 
@@ -184,13 +190,14 @@ def _kept(run: Run, trainer: Trainer) -> int:
 
 
 def _begun(
-    where: tuple[Path | None, int | None],
+    where: tuple[Path | None, int | None, bool],
     given: dict[str, Any],
     device: str,
     threads: int | None,
     group: Group,
     out: Path | None,
     note: Any,
+    held: ExitStack,
 ) -> tuple[Run, Trainer]:
     """A new run; everything that can be wrong is found before its directory is made."""
     import torch
@@ -202,15 +209,16 @@ def _begun(
     Settings(**given)
     chosen = choose_device(device)
     use_threads(group.threads() if threads is None else threads)
-    path, size = where
+    path, size, strict = where
     source = Source(None if path is None else str(path.absolute()), size)
-    found = source.load(given.get("seed", 0))
+    found = source.load(given.get("seed", 0), strict)
     note(found.notes)
     given.setdefault("architecture", f"32C3-P2-64C3-P2-{len(found.classes)}")
     trainer = Trainer(found, Settings(**given), preprocessing_of(found), chosen, group)
     run = None
     if group.first:
         run = Run.create(trainer, source, out=out, threads=torch.get_num_threads())
+        held.enter_context(run.locked(lambda line: note([line])))
     return group.from_first(run), trainer
 
 
@@ -227,10 +235,21 @@ def _pages(run: Run, metrics: Mapping[str, Any], note: Any) -> list[Path]:
     return []
 
 
-def _resumed(folder: Path, threads: int | None, group: Group, note: Any) -> tuple[Run, Trainer]:
+def _resumed(
+    folder: Path,
+    threads: int | None,
+    group: Group,
+    note: Any,
+    strict: bool,
+    held: ExitStack,
+) -> tuple[Run, Trainer]:
     from ..runs import Run
 
-    run: Run = group.from_first(Run.open(folder) if group.first else None)
+    opened: Run | None = None
+    if group.first:  # it alone writes, so that workers of one run do not lock each other out
+        opened = Run.open(folder)
+        held.enter_context(opened.locked(lambda line: note([line])))
+    run: Run = group.from_first(opened)
     same = group.size == run.workers
     if threads is None:
         threads = run.threads if same else group.threads()
@@ -241,7 +260,8 @@ def _resumed(folder: Path, threads: int | None, group: Group, note: Any) -> tupl
         note([f"begun with {count}: {otherwise}"])
     elif threads != run.threads:
         note([f"begun with --threads {run.threads}: {otherwise}"])
-    found = run.load_data()
+    found = run.load_data(strict)
+    note(found.notes)
     return run, run.resume(found, group)
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.padding import Padding
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -17,10 +15,13 @@ from rich.text import Text
 
 from ..augmentation import Augmentation
 from ..distribution import Group
+from ..foreign import shown
 from ..models import weight_count
 from ..runs import Run
 from ..training import OnStep, Trainer
+from .given import word
 from .shared import BAR, bar, percent, program
+from .terminal import SafeConsole
 
 NAMES = {"cnn": "network", "mlp": "perceptron"}
 COLOURS = {"cnn": "cyan", "mlp": "dark_orange"}
@@ -33,13 +34,13 @@ class TrainingView:
     """
 
     def __init__(self, to_stderr: bool = False, quiet: bool = False) -> None:
-        self.console = Console(stderr=to_stderr, highlight=False, quiet=quiet)
+        self.console = SafeConsole(stderr=to_stderr, quiet=quiet)
         self._epochs = 0
 
     def notes(self, notes: Iterable[str]) -> None:
         """What was done to the data."""
         for note in notes:
-            self.console.print(Text(f"note: {note}", style="dim"))
+            self.console.print(Text(f"note: {shown(note)}", style="dim"), soft_wrap=True)
 
     def begin(self, run: Run, trainer: Trainer) -> None:
         """What is about to be trained, and where."""
@@ -63,7 +64,7 @@ class TrainingView:
             threads = f"{trainer.group.size} processes of {threads}"
         self.console.print(f"distorted   {_distorted(trainer.augmentation)}")
         self.console.print(f"computed by {on}, {threads}, seed {run.settings.seed}")
-        self.console.print(f"run         {run.folder}{done}\n")
+        self.console.print(f"run         {shown(run.folder)}{done}\n")
         self.console.print("loss on the training pictures, share of the validation pictures right:")
 
     @contextmanager
@@ -106,27 +107,27 @@ class TrainingView:
             f"\nstopped; {epochs} of {run.settings.epochs} epochs are kept. Go on by"
         )
         called = program() if group.size == 1 else group.command
-        self._command(f"train --resume {shlex.quote(str(run.folder))}", called)
+        self._command(f"train --resume {word(run.folder)}", called)
 
     def results(self, run: Run, metrics: Mapping[str, Any], pages: Sequence[Path]) -> None:
-        """The accuracies, the shift table, what to type next and the pages to open."""
+        """The accuracies, the shift table, the pages to open; at last what to type next."""
         self.console.print()
         self.console.print(_accuracies(metrics))
         self.console.print()
         self.console.print(_shift_chart(metrics["shifted"], self.console.options.ascii_only))
         self.console.print(_about_shifts(run, "mlp" in metrics["shifted"]["0"]), style="dim")
         self.console.print(f"{metrics['seconds']:.1f} s of training: {_times(metrics)}")
-        self.console.print(f"In {run.folder}:")
+        self.console.print(f"In {shown(run.folder)}:")
         files = sorted(path.name for path in run.folder.iterdir())
-        self.console.print(Padding(", ".join(files), (0, 0, 0, 2)))
-        self.console.print("\nNext:")
-        for command in _next_commands(run.folder, metrics["examples"]):
-            self._command(command)
+        self.console.print(Padding(", ".join(map(shown, files)), (0, 0, 0, 2)))
         if pages:
             self.console.print("\nOpen in a browser, and point at any number to see its origin:")
         for page in pages:
-            link = Text(f"  {page}", style=f"bold link {page.absolute().as_uri()}")
+            link = Text(f"  {shown(page)}", style=f"bold link {page.absolute().as_uri()}")
             self.console.print(link, soft_wrap=True)
+        self.console.print("\nNext:")
+        for command in _next_commands(run.folder, metrics["examples"]):
+            self._command(command)
 
     def _command(self, arguments: str, called: str | None = None) -> None:
         # In one piece however narrow the terminal is, so that it can be copied.
@@ -199,10 +200,9 @@ def _shift_chart(shifted: Mapping[str, Mapping[str, float]], ascii_only: bool) -
 
 
 def _next_commands(folder: Path, examples: Mapping[str, str | None]) -> Iterator[str]:
-    run = shlex.quote(str(folder))
-    pictures = [shlex.quote(str(folder / name)) for name in examples.values() if name]
+    run = word(folder)
+    pictures = [word(folder / name) for name in examples.values() if name] or ["test:0"]
     yield f"evaluate {run}"
     yield f"summary {run}"
-    if pictures:
-        yield f"predict {run} {' '.join(pictures)}"
-        yield f"explain {run} {pictures[0]} --layer 1 --channel 0 --at 0,0"
+    yield f"predict {run} {' '.join(pictures)}"
+    yield f"explain {run} {pictures[0]} --layer 1 --channel 0 --at 0,0"

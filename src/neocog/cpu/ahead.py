@@ -23,6 +23,14 @@ LARGE = 1 << 19
 LINE = 16
 """float32 elements of a cache line."""
 
+WIDEST_STRIDE = 4
+"""Beyond it most of the memory beneath a tile is not read: its lines are as many as stride**2."""
+
+
+def pays(elements: int, *strides: int) -> bool:
+    """Whether maps of so many ``elements`` that windows with ``strides`` read are asked for."""
+    return elements > LARGE and max(strides) <= WIDEST_STRIDE
+
 
 @dataclass(frozen=True)
 class Ahead:

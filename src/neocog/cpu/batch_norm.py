@@ -7,10 +7,12 @@ Of a map y with N pixels per channel (Ioffe and Szegedy 2015, arXiv:1502.03167):
     dbias = sum(g),  dweight = s * sum(g * (y - mean))
     dy = weight * s * (g - dbias / N - (y - mean) * s * dweight / N)
 
-where g is the gradient of z, an activation behind it undone on the way. Sums are taken over lines
-of pixels, added up per work item in float32 and then in float64. The squares are those of the
-distance from each channel's first value (from 0, if that is not finite), which may be far from 0
-but is near the mean. The work items depend on the problem alone: the same bits come out on any
+where g is the gradient of z, an activation behind it undone on the way. All sums are taken in
+float64, like PyTorch's: one value may be larger than all others by many orders, and gradients may
+cancel. The squares are those of the distance from each channel's first value (from 0, if that is
+not finite). It may be the odd one out, but being one of the N, it lies no farther from the mean
+than sqrt(N) standard deviations: the difference that leaves the variance costs at most a factor of
+N, of float64's 2^-53. The work items depend on the problem alone: the same bits come out on any
 number of threads.
 
 Vectors per channel stand in rows of whole registers (``row_of``): nothing is masked in them.
@@ -42,7 +44,10 @@ MEAN_GRADIENT, SLOPE = range(2)
 COEFFICIENTS = 2
 
 SUMS = 2
-"""Rows of a work item's sums."""
+"""Rows of a work item's sums, in float64."""
+
+WIDE = 2
+"""float32 elements that a float64 takes."""
 
 
 def row_of(target: Target, channels: int) -> int:
@@ -50,9 +55,14 @@ def row_of(target: Target, channels: int) -> int:
     return -(-channels // target.lanes) * target.lanes
 
 
+def sums_elements(row: int) -> int:
+    """float32 elements of a work item's sums, of rows of so many channels."""
+    return SUMS * WIDE * row
+
+
 @dataclass(frozen=True)
 class MomentsPlan:
-    """Sums of y and its squares, less each channel's first value."""
+    """Sums of y less each channel's first value, and of the squares of that."""
 
     target: Target
     channels: int
@@ -173,8 +183,8 @@ def emit_lines(plan: MomentsPlan | NormGradientPlan) -> Kernel:
         def item(number: ir.Value) -> None:
             sums = None
             if "sums*" in names:
-                sums = e.at(f.sums, e.mul(number, SUMS * row))
-                e.zero_fill(sums, SUMS * row)
+                sums = e.at(f.sums, e.mul(number, sums_elements(row)))
+                e.zero_fill(sums, sums_elements(row))
             first = e.mul(number, f.item_lines)
             last = e.min(e.add(first, f.item_lines), f.lines)
             e.loop(first, last, lambda line: _line(e, plan, f, line, sums))
@@ -197,7 +207,7 @@ def _line(e: Emitter, plan, f: SimpleNamespace, line: ir.Value, sums: ir.Value |
     def block(first: Int, vectors: int, masks) -> None:
         offsets = [e.add(first, j * e.lanes) for j in range(vectors)]
         if isinstance(plan, MomentsPlan):
-            starts = [_start(e, f.y, o, m) for o, m in zip(offsets, masks, strict=True)]
+            starts = [_wide(e, _start(e, f.y, o, m)) for o, m in zip(offsets, masks, strict=True)]
         else:
             starts = [_channel_vectors(e, plan, f, o, row) for o in offsets]
 
@@ -208,20 +218,21 @@ def _line(e: Emitter, plan, f: SimpleNamespace, line: ir.Value, sums: ir.Value |
             }
             for j, (o, mask, start) in enumerate(zip(offsets, masks, starts, strict=True)):
                 if isinstance(plan, MomentsPlan):
-                    first = distance = e.b.fsub(e.vload(here["y"], o, mask), start)
+                    first = distance = e.b.fsub(_wide(e, e.vload(here["y"], o, mask)), start)
                 else:
                     first, distance = _gradient(e, plan, here, o, mask, start)
-                if sums is not None:
-                    made[2 * j] = e.b.fadd(made[2 * j], first)
-                    made[2 * j + 1] = e.fma(first, distance, made[2 * j + 1])
-                else:
-                    _apply(e, plan, here, o, mask, start, first, distance)
+                    if sums is None:
+                        _apply(e, plan, here, o, mask, start, first, distance)
+                        continue
+                    first, distance = _wide(e, first), _wide(e, distance)
+                made[2 * j] = e.b.fadd(made[2 * j], first)
+                made[2 * j + 1] = _wide_fma(e, first, distance, made[2 * j + 1])
             return made
 
-        totals = e.loop(0, cols, pixel, [e.zero] * (2 * vectors if sums is not None else 0))
+        totals = e.loop(0, cols, pixel, [_zeros(e)] * (2 * vectors if sums is not None else 0))
         for j, total in enumerate(totals):
             where = e.add(offsets[j // 2], j % 2 * row)
-            e.vstore(e.b.fadd(e.vload(sums, where), total), sums, where)
+            _wide_store(e, e.b.fadd(_wide_load(e, sums, where), total), sums, where)
 
     channel_blocks(e, plan.channels, block)
 
@@ -269,7 +280,7 @@ def _apply(e: Emitter, plan: NormGradientPlan, here, offset: Int, mask, v, g, di
     e.vstore(value, here["out"], offset, mask)
 
 
-# ------------------------------------------------------------------------ per channel, in float64
+# ------------------------------------------------------------------------------------ in float64
 
 
 def _doubles(e: Emitter) -> ir.VectorType:
@@ -288,15 +299,38 @@ def _wide_splat(e: Emitter, scalar: ir.Value) -> ir.Value:
     return e.splat(e.b.sitofp(scalar, F64))
 
 
+def _zeros(e: Emitter) -> ir.Value:
+    return ir.Constant(_doubles(e), [0.0] * e.lanes)
+
+
+def _wide_fma(e: Emitter, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+    name, kind = f"llvm.fmuladd.v{e.lanes}f64", _doubles(e)
+    return e.b.call(e.intrinsic(name, kind, [kind] * 3), [a, b, c])
+
+
+def _wide_load(e: Emitter, base: ir.Value, offset: Int) -> ir.Value:
+    """A vector of float64, ``offset`` of these behind ``base``."""
+    return e.b.load(e.at(base, e.mul(offset, WIDE)), align=4, typ=_doubles(e))
+
+
+def _wide_store(e: Emitter, value: ir.Value, base: ir.Value, offset: Int) -> None:
+    e.b.store(value, e.at(base, e.mul(offset, WIDE)), align=4)
+
+
+# ----------------------------------------------------------------------------------- per channel
+
+
 def _added(e: Emitter, f, offset: Int, row: int) -> list[ir.Value]:
-    """Both sums over all work items, in float64."""
-    zero = ir.Constant(_doubles(e), [0.0] * e.lanes)
+    """Both sums over all work items."""
 
     def part(number: Int, *totals: ir.Value) -> list[ir.Value]:
-        base = e.at(f.sums, e.add(e.mul(number, SUMS * row), offset))
-        return [e.b.fadd(total, _wide(e, e.vload(base, k * row))) for k, total in enumerate(totals)]
+        base = e.at(f.sums, e.mul(number, sums_elements(row)))
+        return [
+            e.b.fadd(total, _wide_load(e, base, e.add(offset, k * row)))
+            for k, total in enumerate(totals)
+        ]
 
-    return e.loop(0, f.parts, part, [zero, zero])
+    return e.loop(0, f.parts, part, [_zeros(e)] * SUMS)
 
 
 def _moments(e: Emitter, f, offset: Int, mask, row: int) -> SimpleNamespace:
@@ -305,8 +339,7 @@ def _moments(e: Emitter, f, offset: Int, mask, row: int) -> SimpleNamespace:
     moved = e.b.fdiv(first, count)
     # Rounding may leave less than nothing of a channel whose values are all alike.
     rest = e.b.fsub(squares, e.b.fmul(moved, first))
-    none = ir.Constant(_doubles(e), [0.0] * e.lanes)
-    rest = e.b.select(e.b.fcmp_ordered("<", rest, none), none, rest)
+    rest = e.b.select(e.b.fcmp_ordered("<", rest, _zeros(e)), _zeros(e), rest)
     return SimpleNamespace(
         mean=e.b.fadd(_wide(e, _start(e, f.first, offset, mask)), moved),
         variance=e.b.fdiv(rest, count),

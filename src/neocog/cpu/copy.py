@@ -253,7 +253,12 @@ def pack_weights(target: Target, blocks: int, contiguous: bool) -> Kernel:
     with e.kernel(WEIGHTS) as (f, begin, end, _):
 
         def vector(where: ir.Value, packed: ir.Value, mask: ir.Value) -> None:
-            e.vstore(e.gather(where, f.w_out, mask), packed)
+            (value,) = e.choose(
+                e.equal(f.w_out, 1),
+                lambda: [e.vload(where, 0, mask)],
+                lambda: [e.gather(where, f.w_out, mask)],
+            )
+            e.vstore(value, packed)
 
         if contiguous:
             e.loop(begin, end, lambda item: _pack_contiguous(e, f, item, blocks))

@@ -38,7 +38,7 @@ from llvmlite import ir
 from ..steps import Bias, Step
 from ..target import Target
 from . import epilogue as ep
-from .ahead import Ahead
+from .ahead import LARGE, Ahead, pays
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
 from .tiling import Reads, cover, even_sizes
@@ -134,6 +134,26 @@ def plan_for(
         large=large,
         epilogue=epilogue,
     )
+
+
+def plans_for_any_size(
+    target: Target, reads: tuple[Reads, Reads], channels: int, epilogue: tuple[Step, ...]
+) -> tuple[DepthwisePlan, DepthwisePlan]:
+    """Plans that serve maps of every size between them: of HEIGHT rows at a time, and of one.
+
+    Only where there is one phase. The rest of a row has tiles of one pixel.
+    """
+    rows, cols = reads
+    pixels = _most_pixels(target, rows.size * cols.size, HEIGHT, WIDE)
+    tiles = (pixels, 1) if pixels > 1 else (1,)
+    large = pays(LARGE + 1, rows.stride, cols.stride)
+    pair, single = (
+        DepthwisePlan(
+            target, rows, cols, (height,), tiles, 0, channels % target.lanes > 0, large, epilogue
+        )
+        for height in (HEIGHT, 1)
+    )
+    return pair, single
 
 
 def serves(reads: tuple[Reads, Reads]) -> bool:

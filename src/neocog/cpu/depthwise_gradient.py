@@ -27,14 +27,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 from llvmlite import ir
 
 from ..problem import Conv
 from ..target import Target
-from .ahead import LARGE, Ahead
+from .ahead import LARGE, Ahead, pays
 from .lanes import I64, PTR, Emitter, Int
 from .runtime import Kernel, compile_kernel
 from .tiling import Reads, even_sizes
@@ -133,8 +133,16 @@ def plan_for(target: Target, conv: Conv, bias: bool) -> DepthwiseGradientPlan:
         tiles=even_sizes(cols, WIDTH),
         tail=conv.out_channels % target.lanes > 0,
         bias=bias,
-        large=math.prod(conv.in_shape) + math.prod(conv.out_shape) > LARGE,
+        large=pays(
+            math.prod(conv.in_shape) + math.prod(conv.out_shape), conv.rows.stride, conv.cols.stride
+        ),
     )
+
+
+def for_any_size(plan: DepthwiseGradientPlan) -> DepthwiseGradientPlan:
+    """The plan that does the same for maps of every size: a row at a time, the rest in pixels."""
+    large = pays(LARGE + 1, *plan.stride)
+    return replace(plan, heights=(1,), tiles=(WIDTH, 1), large=large)
 
 
 def fields(plan: DepthwiseGradientPlan) -> tuple[str, ...]:

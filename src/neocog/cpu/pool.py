@@ -10,10 +10,13 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any
 
 from llvmlite import ir
 
+from ..errors import Unsupported
 from ..geometry import Window
 from ..steps import Pooling, Step
 from ..target import Target
@@ -164,6 +167,9 @@ def each_window(
     def clipped(o: Int) -> None:
         visit(o, rows, bounds(e, window, left(o), size[1]))
 
+    if not isinstance(window.size, int):  # the whole map
+        visit(0, inside(pool.rows, 0), inside(window, 0))
+        return
     if pool.rows.size * window.size > UNROLLED_TAPS:
         e.loop(0, count, clipped)
         return
@@ -223,8 +229,11 @@ def tap_code(e: Emitter, pool: Pooling, kh: Int, kw: Int) -> Int:
 
 
 def winner_type(pool: Pooling) -> ir.IntType:
-    """One byte per winner where every tap number fits, else 32 bits."""
-    return I8 if pool.rows.size * pool.cols.size <= 256 else I32
+    """One byte per winner where every tap number fits, else 32 bits; Unsupported beyond these."""
+    taps = pool.rows.size * pool.cols.size
+    if taps > 1 << 31:
+        raise Unsupported(f"which of the window's {taps} taps wins: kernels count to 2**31")
+    return I8 if taps <= 256 else I32
 
 
 def load_winners(e: Emitter, pool: Pooling, where: ir.Value, mask: ir.Value | None) -> ir.Value:
@@ -305,12 +314,33 @@ class PoolPlan:
     winners: bool = False
     before: tuple[Step, ...] = ()
     """Affine steps and activations of every value that is read."""
+    whole: bool = False
+    """Whether the window is the whole map, of any size; ``pool`` is :func:`of_one_tap`."""
 
     @property
     def name(self) -> str:
         """A name for the listing."""
         p, before = self.pool, ep.spelled(self.before)
+        if self.whole:
+            return f"pool_{p.kind}_whole_c{self.channels}{before}"
         return f"pool_{p.kind}{p.rows.size}x{p.cols.size}_c{self.channels}{before}"
+
+
+def of_one_tap(pool: Pooling) -> Pooling:
+    """The pool, whatever the size of its window."""
+    return replace(pool, rows=Window(1), cols=Window(1))
+
+
+def of_size(pool: Pooling, height: ir.Value, width: ir.Value) -> Any:
+    """The pool with one window of a size that arrives at run time."""
+    rows, cols = (
+        SimpleNamespace(size=n, span=n, stride=1, dilation=1, low=0, high=0)
+        for n in (height, width)
+    )
+    return SimpleNamespace(
+        kind=pool.kind, rows=rows, cols=cols, count_include_pad=pool.count_include_pad,
+        divisor_override=pool.divisor_override,
+    )  # fmt: skip
 
 
 POOL = (
@@ -344,12 +374,13 @@ def emit(plan: PoolPlan) -> Kernel:
     names = POOL + (("winners*", "winners_row", "winners_pixel") if plan.winners else ())
     names += tuple(f"{name}*" for name in ep.parameters(plan.before))
     with e.kernel(names) as (f, begin, end, _):
+        pool = of_size(plan.pool, f.height, f.width) if plan.whole else plan.pool
 
         def item(number: ir.Value) -> None:
             image, row = e.divmod(number, f.rows)
             x = e.at(f.x, e.mul(image, f.x_image))
             out = e.at(f.out, e.add(e.mul(image, f.out_image), e.mul(row, f.out_row)))
-            top = e.sub(e.mul(row, plan.pool.rows.stride), plan.pool.rows.low)
+            top = e.sub(e.mul(row, pool.rows.stride), pool.rows.low)
 
             def channels(first: Int, vectors: int, masks) -> None:
                 def source_row(y: Int) -> ir.Value:
@@ -370,7 +401,7 @@ def emit(plan: PoolPlan) -> Kernel:
                     return ep.finish(e, plan.before, [value], loaded[j], lambda _: e.zero)[0]
 
                 source = Source(source_row, f.x_pixel, f.height, f.width, of)
-                pool_row(e, plan.pool, source, sink, top, f.cols, vectors, masks)
+                pool_row(e, pool, source, sink, top, f.cols, vectors, masks)
 
             channel_blocks(e, plan.channels, channels)
 

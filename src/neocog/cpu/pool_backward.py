@@ -21,8 +21,11 @@ from ..steps import Act, Pooling
 from ..target import Target
 from . import epilogue as ep
 from . import pool as pooling
-from .lanes import Emitter, Int
+from .lanes import F32, I32, I64, Emitter, Int
 from .runtime import Kernel, compile_kernel
+
+SCATTERED_TAPS = 64
+"""Up to so many taps windows that do not overlap write all of them, zeros too: a pass less."""
 
 ONE_TAP = Pooling("max", Window(1), Window(1))
 
@@ -35,6 +38,8 @@ class PoolBackwardPlan:
     channels: int
     act: Act
     pool: Pooling | None
+    whole: bool = False
+    """Whether the window is the whole map, of any size; ``pool`` is ``pool.of_one_tap``."""
 
     @property
     def windows(self) -> Pooling:
@@ -59,6 +64,13 @@ class PoolBackwardPlan:
         )
 
     @property
+    def scatters(self) -> bool:
+        """Whether each channel's gradient is brought to its winner, tap by tap being too many."""
+        taps = self.windows.rows.size * self.windows.cols.size
+        few = SCATTERED_TAPS if self.disjoint else pooling.UNROLLED_TAPS
+        return self.pool is not None and self.selects and taps > few
+
+    @property
     def reads_result(self) -> bool:
         """Whether the activation's result is needed."""
         return self.act.name != "identity"
@@ -72,6 +84,8 @@ class PoolBackwardPlan:
     def name(self) -> str:
         """A name for the listing."""
         p = self.windows
+        if self.whole:
+            return f"unpool_{p.kind}_whole_{self.act.name}_c{self.channels}"
         return f"unpool_{p.kind}{p.rows.size}x{p.cols.size}_{self.act.name}_c{self.channels}"
 
 
@@ -129,7 +143,9 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
     def clear(y: Int) -> None:
         e.zero_fill(e.at(f.out, e.add(e.mul(image, f.out_image), e.mul(y, f.out_row))), size)
 
-    if not plan.covers:
+    if plan.whole:
+        return
+    if not plan.covers or plan.scatters:
         e.loop(start, stop, clear)
         return
     # Windows without gaps write every input but those behind the last column and row of windows.
@@ -147,23 +163,28 @@ def _clear(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value
 
 
 def _window_row(e: Emitter, plan: PoolBackwardPlan, f, image: ir.Value, row: ir.Value) -> None:
-    pool = plan.windows
+    pool = pooling.of_size(plan.windows, f.height, f.width) if plan.whole else plan.windows
     top = e.sub(e.mul(row, pool.rows.stride), pool.rows.low)
 
     def window(o: Int, rows: pooling.Bounds, cols: pooling.Bounds) -> None:
         def channels(first: Int, vectors: int, masks) -> None:
             for j in range(vectors):
                 channel = e.add(first, j * e.lanes)
-                _window(e, plan, f, image, row, o, (rows, cols), channel, masks[j])
+                _window(e, plan, pool, f, image, row, o, (rows, cols), channel, masks[j])
 
         pooling.channel_blocks(e, plan.channels, channels)
 
     pooling.each_window(e, pool, top, f.cols, (f.height, f.width), window)
 
 
-def _window(e: Emitter, plan, f, image, row, o, box, channel: Int, mask) -> None:
+def _within(e: Emitter, tap: ir.Value, axis: pooling.Bounds) -> ir.Value:
+    """Whether a tap of a window is one on the map."""
+    return e.b.and_(e.b.icmp_signed(">=", tap, e.i(axis.low)), e.less(tap, axis.high))
+
+
+def _window(e: Emitter, plan, pool, f, image, row, o, box, channel: Int, mask) -> None:
     """One window's gradient on one vector of channels."""
-    pool, (rows, cols) = plan.windows, box
+    rows, cols = box
 
     def place(pointer, image_stride, row_stride, pixel_stride, y, x) -> ir.Value:
         offset = e.add(e.mul(image, image_stride), e.mul(y, row_stride))
@@ -182,6 +203,31 @@ def _window(e: Emitter, plan, f, image, row, o, box, channel: Int, mask) -> None
         winner = pooling.load_winners(e, pool, where, mask)
     elif not plan.selects:
         grad = e.b.fdiv(grad, e.splat(pooling.divisor(e, pool, rows, cols)))
+
+    if plan.scatters:
+        assert winner is not None
+
+        def lane(i: Int) -> None:
+            number = I32(i) if isinstance(i, int) else e.b.trunc(i, I32)
+            tap = e.b.zext(e.b.extract_element(winner, number), I64)
+            kh, kw = e.divmod(tap, pool.cols.size)
+            # Whoever calls the operator by hand may bring any numbers: these go nowhere.
+            known = e.b.and_(_within(e, kh, rows), _within(e, kw, cols))
+            kh, kw = e.b.select(known, kh, e.i(rows.low)), e.b.select(known, kw, e.i(cols.low))
+            y = e.add(rows.start, e.mul(kh, pool.rows.dilation))
+            x = e.add(cols.start, e.mul(kw, pool.cols.dilation))
+            where = place(f.out, f.out_image, f.out_row, f.out_pixel, y, x)
+            where = e.at(where, i)
+            part = e.b.select(known, e.b.extract_element(grad, number), ir.Constant(F32, 0.0))
+            total = e.b.fadd(e.load(F32, where), part)
+            e.b.store(total, where, align=4)
+
+        if mask is not None:
+            e.loop(0, e.min(e.sub(plan.channels, channel), e.lanes), lane)
+            return
+        for i in range(e.lanes):
+            lane(i)
+        return
 
     def visit(kh: Int, kw: Int) -> None:
         y = e.add(rows.start, e.mul(kh, pool.rows.dilation))

@@ -14,15 +14,17 @@ import functools
 import itertools
 import os
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import llvmlite.binding as llvm
 import torch
 
 from ..target import Target, host
-from . import code_cache
+from . import code_cache, forks
 from .lanes import Emitter
 
 CODEGEN_LEVEL = 2
@@ -107,8 +109,47 @@ def compile_kernel(emitter: Emitter, fields: tuple[str, ...]) -> Kernel:
     return Kernel(emitter.name, fields, address, owner, code, lambda: text)
 
 
+STACK = 16 << 20
+"""Bytes of stack for compiling: emitters and LLVM recurse, in whatever thread asks for a kernel."""
+
+Made = TypeVar("Made")
+
+_deep = threading.local()
+_starting = forks.lock()
+
+
+def on_deep_stack(work: Callable[[], Made]) -> Made:
+    """``work()``, in a thread of its own unless this is one with a deep stack already.
+
+    Threads may have as little as 64 KiB (``threading.stack_size``), and PyTorch lives there.
+    """
+    if threading.current_thread() is threading.main_thread() or hasattr(_deep, "here"):
+        return work()
+    result: Future[Made] = Future()
+
+    def run() -> None:
+        _deep.here = True
+        try:
+            result.set_result(work())
+        except BaseException as error:
+            result.set_exception(error)
+
+    thread = threading.Thread(target=run, name="neocog-compile", daemon=True)
+    with _starting:  # the size is the whole process's
+        before = threading.stack_size(STACK)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+    return result.result()
+
+
 def cached(emit: Callable[..., Kernel], *args: Any) -> Kernel:
     """The kernel that ``emit(*args)`` compiles, from disk if it was compiled before."""
+    return on_deep_stack(lambda: _cached(emit, *args))
+
+
+def _cached(emit: Callable[..., Kernel], *args: Any) -> Kernel:
     key = code_cache.key(emit, args, f"O{CODEGEN_LEVEL}")
     entry = None if key is None else code_cache.load(key)
     if entry is None:
@@ -156,26 +197,14 @@ def _libgomp() -> str | None:
     return ours[0] if ours else None
 
 
-_forked = False
-
-
-def _mark_forked() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_mark_forked)
-
-
 def thread_count() -> int:
     """Threads a program may use now: ``torch.get_num_threads()``, or 1 where it must be serial."""
-    return 1 if _forked or not openmp().parallel else torch.get_num_threads()
+    return 1 if forks.generation() or not openmp().parallel else torch.get_num_threads()
 
 
 def threading_note() -> str:
     """One line for ``neocog doctor``."""
-    if _forked:
+    if forks.generation():
         return "serial: this process was forked, and GNU OpenMP hangs in a forked child"
     if not openmp().parallel:
         return "serial: torch brings no GNU OpenMP here"

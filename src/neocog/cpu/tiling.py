@@ -73,10 +73,10 @@ def all_sizes(limit: int) -> tuple[int, ...]:
 def cover(pixels: int, sizes: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
     """(tiles of the first size, sizes of the tiles that follow) which add up to ``pixels``.
 
-    ValueError if they cannot: ``all_sizes`` cover every number of pixels, ``even_sizes`` their own
-    and one less.
+    ValueError if they cannot: ``all_sizes``, and (size, 1), cover every number of pixels,
+    ``even_sizes`` their own and one less.
     """
-    if len(sizes) > 2:
+    if len(sizes) > 2 or sizes[1:] == (1,):
         wide, rest = divmod(pixels, sizes[0])
         tail: list[int] = []
         for size in sizes[1:]:

@@ -41,6 +41,7 @@ CHUNK = 64
 """Input channels summed in registers before they are added to M: short sums round less."""
 
 GRID = ("batch", "whole_y", "whole_x")
+SIZE = ("rows", "cols")
 INPUT = ("x*", "x_image", "x_row", "x_pixel")
 PRODUCTS = ("u*", "prefetch")
 OUTPUT = ("out*", "out_image", "out_row", "out_pixel")
@@ -52,19 +53,21 @@ def fields(plan: WinogradPlan) -> tuple[str, ...]:
     """What a step of this plan passes; offsets and strides in elements.
 
     ``x``: the first tap of the first output. ``whole_y``, ``whole_x``: whole tiles down and across
-    each of ``batch`` images. ``prefetch``: cache lines of the next panel of U to fetch per trip of
+    each of ``batch`` images; for any size those that end the map count, which has ``rows`` and
+    ``cols`` outputs. ``prefetch``: cache lines of the next panel of U to fetch per trip of
     the inner loop. ``scratch``: V, then M of ``block`` tiles. ``v_plane``, ``m_plane``: between the
     matrices of V and M.
     """
     epilogue = tuple(f"{name}*" for name in ep.parameters(plan.epilogue))
+    grid = GRID + (SIZE if plan.any_size else ())
     if ep.adds_residual(plan.epilogue):
         epilogue += ("residual*", "residual_image", "residual_row", "residual_pixel")
     return {
-        "whole": GRID + INPUT + PRODUCTS + OUTPUT + epilogue + SCRATCH
+        "whole": grid + INPUT + PRODUCTS + OUTPUT + epilogue + SCRATCH
         + ("v_plane", "m_plane", "block"),
-        "input": GRID + INPUT + BETWEEN[:2],
+        "input": grid + INPUT + BETWEEN[:2],
         "products": GRID + PRODUCTS + BETWEEN,
-        "output": GRID + OUTPUT + epilogue + BETWEEN[2:],
+        "output": grid + OUTPUT + epilogue + BETWEEN[2:],
     }[plan.stage]  # fmt: skip
 
 
@@ -78,10 +81,14 @@ def emit(plan: WinogradPlan) -> Kernel:
     made = SimpleNamespace()
     if plan.stage in ("whole", "input"):
         made.into = {kind: input_function(e, plan, kind) for kind in plan.kinds}
+        if plan.any_size:
+            made.into_edge = input_function(e, plan, plan.kinds[0], clipped=True)
     if plan.stage in ("whole", "products"):
         made.products = {n: _products_function(e, plan, n) for n in range(plan.pixels, 0, -1)}
     if plan.stage in ("whole", "output"):
         made.out = {kind: output_function(e, plan, kind) for kind in plan.kinds}
+        if plan.any_size:
+            made.out_edge = output_function(e, plan, plan.kinds[0], clipped=True)
     names = fields(plan)
     with e.kernel(names) as (f, begin, end, thread):
         f.bounds = bounds_of(e, plan, f)
@@ -170,9 +177,28 @@ def _input_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) -
 
     def transform(kind: tuple[int, int], image: Int, y: Int, x: Int) -> None:
         start = offset(e, f, "x", image, e.mul(y, stride), e.mul(x, stride))
-        e.b.call(made.into[kind], [e.at(f.x, start), f.x_row, f.x_pixel, v, f.v_plane])
+        args = [e.at(f.x, start), f.x_row, f.x_pixel, v, f.v_plane]
+        if plan.any_size:
+            _at_edge(e, plan, f, y, x, made.into[kind], made.into_edge, args)
+        else:
+            e.b.call(made.into[kind], args)
 
     visit(e, plan, f, tile, transform)
+
+
+def _at_edge(
+    e: Emitter, plan: WinogradPlan, f, y: Int, x: Int, whole: ir.Function, edge: ir.Function,
+    args: list[ir.Value],
+) -> None:  # fmt: skip
+    """Call ``whole`` for a tile that lies on the map, ``edge`` for one that hangs over its end."""
+    down, across = e.sub(f.rows, y), e.sub(f.cols, x)
+    inside = e.less(plan.m - 1, e.min(down, across))
+    clipped = [e.min(down, plan.m), e.min(across, plan.m)]
+    e.choose(
+        inside,
+        lambda: e.b.call(whole, args) and None,
+        lambda: e.b.call(edge, args + clipped) and None,
+    )
 
 
 def _output_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) -> None:
@@ -187,7 +213,10 @@ def _output_tile(e: Emitter, plan: WinogradPlan, made, f, tile: Int, slot: Int) 
         if ep.adds_residual(plan.epilogue):
             residual = e.at(f.residual, offset(e, f, "residual", image, y, x))
             args += [residual, f.residual_row, f.residual_pixel]
-        e.b.call(made.out[kind], args)
+        if plan.any_size:
+            _at_edge(e, plan, f, y, x, made.out[kind], made.out_edge, args)
+        else:
+            e.b.call(made.out[kind], args)
 
     visit(e, plan, f, tile, transform)
 

@@ -38,6 +38,9 @@ class WinogradPlan:
     """Outputs down and across of the tiles that end a map; 0 where whole tiles fill it."""
     folded: bool = False
     """Whether the phases of the input (see ``phases``) are channels of one map already."""
+    any_size: bool = False
+    """Whether it serves maps of every size: tiles that end a map count as whole ones, which read
+    zeros and write nothing beyond the edge. ``tails`` are 0 then."""
 
     @property
     def taps(self) -> int:
@@ -129,4 +132,6 @@ class WinogradPlan:
             shape += f"_{self.kernel}x{self.kernel}s{self.stride}"
         if any(self.tails):
             shape += f"_t{self.tails[0]}x{self.tails[1]}"
+        if self.any_size:
+            shape += "_any"
         return f"winograd{self.m}_{self.stage}_{shape}{ep.spelled(self.epilogue)}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..errors import InvalidProblem, NeocogError
 from ..files import write_atomically
+from ..foreign import all_shown
 from ..freezing import freeze
 from ..layer_times import LayerTime, layer_times
 from ..scenes import Scene, record
@@ -42,7 +43,7 @@ class Page:
     """
 
     def __init__(self, data: dict[str, Any], scene: Scene) -> None:
-        self.data, self.scene = data, scene
+        self.data, self.scene = all_shown(data), scene
 
     def html(self) -> str:
         """The page as one HTML document."""

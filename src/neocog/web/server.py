@@ -10,6 +10,7 @@ Listens on this machine only, and answers three kinds of requests:
 from __future__ import annotations
 
 import re
+import sys
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -21,7 +22,11 @@ from ..scenes import Scene
 from .page import Page
 from .payload import map_of
 
-_REQUEST = re.compile(r"/(?:(map)/([0-9]+)|(kernel)/([0-9]+)/([0-9]+))?")
+_REQUEST = re.compile(r"/(?:(map)/([0-9]{1,9})|(kernel)/([0-9]{1,9})/([0-9]{1,9}))?")
+"""Nine digits are more than there are boxes or channels; int() refuses thousands of them."""
+
+PATIENCE = 30
+"""Seconds that a connection may be silent for; each one has a thread of its own."""
 
 
 class Server(ThreadingHTTPServer):
@@ -33,6 +38,11 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.page, self.document = page, page.html().encode()
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Who leaves before the answer is complete is nobody to tell about."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}/"
@@ -40,6 +50,7 @@ class Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     server: Server
+    timeout = PATIENCE
 
     def do_GET(self) -> None:
         # Only under its own name: a page elsewhere must not reach it through a name of its own.

@@ -31,6 +31,8 @@ export function taps(window, o, n) {
 /** The inputs [first, stop) that output o of a receptive field {size, jump, start} may see. */
 export function interval(field, o, n) {
   const first = field.start + o * field.jump;
+  const inside = first >= 0 && first + field.size <= n;
+  if (!inside && (field.period ?? null) !== null) return [0, n]; // around the edge, circular padding
   const cut = (i) => Math.min(Math.max(i, 0), n);
   return [cut(first), cut(first + field.size)];
 }
