@@ -24,7 +24,7 @@ FLOORS = {
     6: (
         "lifetimes memory program kernels maps pools convolutions depthwise_steps strided "
         "depthwise_gradients weight_gradients compiler winograd_steps winograd_gradients "
-        "choices bands layer_calls training_calls aten_calls facts propagation preserving "
+        "choices bands layer_calls training_calls aten_calls effects facts propagation preserving "
         "structures substitutes partition fusion stages parameters tuning norm_steps "
         "training_fusion kept training_steps training_forward training_backward"
     ),
@@ -60,7 +60,7 @@ BESIDE = {
     "compiler": "convolutions maps pools program strided weight_gradients",
     "layer_calls": "maps",
     "aten_calls": "layer_calls",
-    "facts": "aten_calls layer_calls training_calls",
+    "facts": "aten_calls effects layer_calls training_calls",
     "propagation": "facts",
     "substitutes": "propagation",
     "partition": "facts",

@@ -12,20 +12,20 @@ https://docs.pytorch.org/docs/stable/torch.compiler_fake_tensor.html
 from __future__ import annotations
 
 import operator
-import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
+from torch._prims_common import suggest_memory_format
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from .aten_calls import spelled_in_aten
+from .effects import NAMESPACES, NO_OPERATOR, SPECIAL, is_known, is_random, storage_of, written
 from .errors import InvalidProblem, Unsupported
 from .layer_calls import CALLS, Call
 from .training_calls import TRAINING_CALLS
@@ -183,9 +183,12 @@ class Observer(TorchDispatchMode):
         self._find_now(node, made)
         shapes = [(t.shape, t.stride()) for t in tensors if t.layout == torch.strided]
         self._running = made
-        self._before = frozenset(_storage(t) for t in tensors)
+        self._before = frozenset(storage_of(t) for t in tensors)
         try:
-            result = self.given_back(function(*args, **kwargs))
+            result = function(*args, **kwargs)
+            if made.name in _NORMS:
+                result = _laid_out(tensors[0], result)
+            result = self.given_back(result)
         finally:
             self._running = None
         if shapes != [(t.shape, t.stride()) for t in tensors if t.layout == torch.strided]:
@@ -215,7 +218,7 @@ class Observer(TorchDispatchMode):
         found = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         made.values = tuple(map(Value.of, found))
         known = made.operators or (made.name in NO_OPERATOR and not made.writes)
-        if not _known(function) or made.name in _SPECIAL or not known:
+        if not is_known(function) or made.name in SPECIAL or not known:
             made.barrier = made.barrier or f"{made.name}: an effect that is not known"
         if not found and not made.barrier and not made.writes and not made.random:
             made.is_constant, made.constant = _is_plain_value(result), result
@@ -241,7 +244,7 @@ class Observer(TorchDispatchMode):
         made = Fact(name=_name(func))
         self._find_kernels(made, func, args, kwargs, graded=False)
         self._find_now(node, made)
-        self._before = frozenset(map(_storage, tensors))
+        self._before = frozenset(map(storage_of, tensors))
         result = func(*args, **kwargs)
         self._note(made, func, args, kwargs, result)
         result = self.given_back(result)
@@ -272,7 +275,7 @@ class Observer(TorchDispatchMode):
         made.operators += 1
         made.writes |= written(func, args, kwargs) & self._before
         made.random |= is_random(func)
-        if func.namespace not in _NAMESPACES:
+        if func.namespace not in NAMESPACES:
             made.barrier = f"{func}: an operator of somebody else's"
         count = flop_registry.get(func._overloadpacket)
         if count is not None:
@@ -354,85 +357,20 @@ def _is_plain_value(value: Any) -> bool:
     return isinstance(value, plain) and not isinstance(value, torch.SymInt | torch.SymFloat)
 
 
-def _storage(t: Tensor) -> int:
-    return t.untyped_storage()._cdata if t.layout == torch.strided else 0
+_NORMS = frozenset({"batch_norm", "aten.batch_norm.default"})
+
+
+def _laid_out(x: Tensor, result: Tensor) -> Tensor:
+    """The result of a batch norm as the CPU lays it out: contiguous or channels_last.
+
+    A fake one keeps the strides of ``x`` whatever they are (PyTorch 2.13).
+    """
+    if x.dim() != 4 or x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last):
+        return result
+    return result.contiguous(memory_format=suggest_memory_format(x))
 
 
 def _name(function: Any) -> str:
     if isinstance(function, OpOverload):
         return str(function)
     return getattr(function, "__name__", type(function).__name__)
-
-
-_NAMESPACES = frozenset({"aten", "prims", "prim", "neocog"})
-
-NO_OPERATOR = frozenset({
-    # what tells about tensors
-    "size", "dim", "stride", "numel", "ndimension", "is_contiguous", "nelement", "storage_offset",
-    "__get__", "getattr", "is_floating_point", "is_complex", "element_size", "is_tensor",
-    "aten.sym_size.int", "aten.sym_stride.int",
-    # what may give back what it is given
-    "contiguous", "to", "float", "cpu", "type", "type_as", "dropout", "dropout1d", "dropout2d",
-    "dropout3d", "alpha_dropout", "feature_dropout", "feature_alpha_dropout", "resolve_conj",
-    "resolve_neg", "expand_as", "reshape", "view", "broadcast_tensors",
-    # arithmetic with sizes
-    "getitem", "__len__", "len", "ceil", "floor", "ge", "gt", "le", "lt", "eq", "ne", "add", "sub",
-    "mul", "truediv", "floordiv", "mod", "pow", "neg", "pos", "and_", "or_", "not_", "is_",
-    "is_not", "min", "max", "int", "bool", "sqrt", "prod", "tuple", "list", "slice", "contains",
-    "isinstance", "sym_int", "sym_float", "sym_max", "sym_min", "sym_sum", "sym_size",
-})  # fmt: skip
-"""Functions that may do their work without any of ATen's operators, and have no effects."""
-
-_SPECIAL = frozenset({
-    "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_",
-    "backward", "set_", "resize_", "resize_as_", "detach_", "share_memory_",
-})  # fmt: skip
-"""Functions that change more than values."""
-
-
-def _known(function: Any) -> bool:
-    """Whether it is one of PyTorch's, or Python's, own functions."""
-    if isinstance(function, HigherOrderOperator):
-        return False
-    if isinstance(function, OpOverload):
-        return function.namespace in _NAMESPACES
-    name = getattr(function, "__name__", "")
-    homes = (
-        torch, F, Tensor, operator, torch._C._nn, torch._C._TensorBase, torch._VF, torch.special,
-        torch.linalg, torch.fft,
-    )  # fmt: skip
-    if any(getattr(home, name, None) is function for home in homes):
-        return True
-    return getattr(function, "__module__", "") in ("math", "builtins", "_operator") or (
-        isinstance(getattr(function, "__self__", None), property | types.GetSetDescriptorType)
-    )
-
-
-_RUNNING_STATISTICS = {
-    "native_batch_norm": (3, 4, 5),
-    "cudnn_batch_norm": (3, 4, 5),
-    "_native_batch_norm_legit": (3, 4, 5),
-    "_batch_norm_impl_index": (3, 4, 5),
-}
-"""Operators that move running statistics without saying so in their schema: the positions of these,
-and of the flag that they do."""
-
-
-def is_random(func: OpOverload) -> bool:
-    """Whether an operator draws from PyTorch's generator."""
-    return torch.Tag.nondeterministic_seeded in func.tags
-
-
-def written(func: OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> set[int]:
-    """The storages that an operator writes to."""
-    found: set[int] = set()
-    if func._schema.is_mutable:
-        for i, argument in enumerate(func._schema.arguments):
-            info = argument.alias_info
-            if info is not None and info.is_write:
-                value = args[i] if i < len(args) else kwargs.get(argument.name)
-                found |= {_storage(t) for t in tree_leaves(value) if isinstance(t, Tensor)}
-    positions = _RUNNING_STATISTICS.get(func._overloadpacket.__name__)
-    if positions is not None and len(args) > positions[2] and args[positions[2]] is True:
-        found |= {_storage(args[i]) for i in positions[:2] if isinstance(args[i], Tensor)}
-    return found

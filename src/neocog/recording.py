@@ -32,8 +32,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from .effects import is_random, storage_of, written
 from .errors import Unsupported
-from .facts import Fact, Observer, is_random, written
+from .facts import Fact, Observer
 from .guard import plain
 from .ops import SPELLED_OUT
 from .preserving import Snapshot, equal
@@ -295,10 +296,10 @@ class _Recorder(TorchFunctionMode):
         self.check_writes(func, args, kwargs)
         self.random |= is_random(func)
         result = func(*args, **kwargs)
-        read = set(map(_storage, tensors))
+        read = set(map(storage_of, tensors))
         for t in tree_leaves(result):
-            if isinstance(t, Tensor) and (_storage(t) not in read or _storage(t) in self.fresh):
-                self.fresh.setdefault(_storage(t), []).append(t)
+            if isinstance(t, Tensor) and (storage_of(t) not in read or storage_of(t) in self.fresh):
+                self.fresh.setdefault(storage_of(t), []).append(t)
         return result
 
     def check_writes(self, func: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -309,9 +310,9 @@ class _Recorder(TorchFunctionMode):
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         varies = any(isinstance(t, FakeTensor) for t in tensors)
         for t in tensors:
-            if isinstance(t, FakeTensor) or _storage(t) not in to:
+            if isinstance(t, FakeTensor) or storage_of(t) not in to:
                 continue
-            if _storage(t) not in self.fresh:
+            if storage_of(t) not in self.fresh:
                 raise Unsupported(
                     f"the model writes to {self.known.get(id(t), 'a tensor that it keeps')}"
                 )
@@ -320,7 +321,7 @@ class _Recorder(TorchFunctionMode):
 
     def _promote(self, tensor: Tensor) -> None:
         """From now on, what was a constant is a value of the graph: a copy in each call."""
-        made = self.fresh.get(_storage(tensor), [])
+        made = self.fresh.get(storage_of(tensor), [])
         if any(other is not tensor for other in made) or not made:
             raise Unsupported("the model writes to a tensor that it keeps")
         constant = self._constant(tensor)
@@ -367,7 +368,7 @@ class _Recorder(TorchFunctionMode):
         if found is None and isinstance(tensor, FakeTensor):
             raise Unsupported("the model reads a tensor that it has kept from another call")
         node = self._constant(tensor) if found is None else found
-        if self.closing and _storage(tensor) in self.fresh:  # the caller may write to it
+        if self.closing and storage_of(tensor) in self.fresh:  # the caller may write to it
             node = self.graph.call_function(torch.clone, (node,))
             self.observer.finish(node, Fact(name="clone", operators=1), torch.clone, tensor.clone())
         return node
@@ -403,7 +404,8 @@ _CHANGES = frozenset({"__set__", "register_hook", "retain_grad", "backward", "re
 """Functions that change more than values."""
 
 _BEHIND = frozenset({
-    "data_ptr", "untyped_storage", "storage", "_typed_storage", "is_shared", "share_memory_",
+    "data_ptr", "is_inference", "untyped_storage", "storage", "_typed_storage", "is_shared",
+    "share_memory_",
     "numpy", "__array__", "__dlpack__",
 })  # fmt: skip
 """Functions that no fake tensor has an answer to."""
@@ -430,10 +432,6 @@ def _stand_in(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         made = torch.empty((), dtype=other.dtype, device=other.device).expand(other.shape)
         return args[0], made, *args[2:]
     return None
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata if tensor.layout == torch.strided else id(tensor)
 
 
 def _leaf(result: Any, index: int) -> Any:

@@ -116,7 +116,10 @@ class _Writer:
 
     def _alone(self) -> Run | Learned | None:
         """The run that is all there is to the graph: called by itself, it is quicker."""
-        *given, call, output = self.new.nodes
+        *given, output = self.new.nodes
+        if not given:
+            return None
+        call = given.pop()
         alone = output.args == (call,) and all(n.op == "placeholder" for n in given)
         whole = isinstance(call.target, Run | Learned) and call.args == tuple(given)
         return call.target if alone and whole else None
