@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -58,6 +57,3 @@ def left(model: nn.Module, *args: Any) -> dict[str, str]:
         for n in stage.nodes
         if fact(n).operators or fact(n).barrier
     }
-
-
-Flow = Callable[..., Any]

@@ -131,8 +131,8 @@ class LiveGraph:
             return _Plan(None, self._hand_back(str(error)))
         self.report = report_of(made)
         log.info("%s", self.report)
-        tensors_given = [a for a in args if isinstance(a, Tensor)]
-        return _Plan(made, self.report, sharing(tensors_given) if made.writes_outside else None)
+        shared = sharing(list(tensors.values())) if made.writes_outside else None
+        return _Plan(made, self.report, shared)
 
     def _inside(self, gm: fx.GraphModule) -> Callable[..., Any]:
         """A graph that an operator of this one calls."""

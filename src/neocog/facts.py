@@ -47,7 +47,6 @@ class Value:
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     dtype: torch.dtype
-    device: str
     requires_grad: bool
     tensor: int
     """Two values with the same number are one tensor object."""
@@ -62,7 +61,6 @@ class Value:
             tuple(t.shape),
             tuple(t.stride()) if strided else (),
             t.dtype,
-            t.device.type if strided else str(t.layout),
             t.requires_grad,
             id(t),
             t.untyped_storage()._cdata if strided else 0,

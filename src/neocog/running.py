@@ -63,12 +63,6 @@ class Plans(Generic[P]):
         """The plans, the latest used last."""
         return iter(list(self._made.values()))
 
-    def clear(self) -> None:
-        """Forget all of them."""
-        with self._lock:
-            self._made.clear()
-            self._latest = (None, None)
-
 
 @dataclass(frozen=True)
 class Result:
